@@ -1,0 +1,1 @@
+"""What runs in the ramdisk of a machine; package data."""

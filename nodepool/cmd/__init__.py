@@ -1,0 +1,1 @@
+"""The programs: the only place that wires concrete parts together."""

@@ -1,0 +1,1 @@
+"""The configuration: YAML in, frozen records or all the errors at once out."""

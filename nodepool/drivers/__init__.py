@@ -1,0 +1,1 @@
+"""Drivers: how each kind of provider makes and unmakes a node, as steps."""
