@@ -1,8 +1,8 @@
 """What can go wrong, in the few words that the rest of the program decides by.
 
 A step answers with `Temporary` (look again after `delay` seconds) or `Permanent` (looking again cannot help); a use
-case with `NotFound`, `Refused` or `Conflict`; the configuration with `ConfigError`.  Each failure has a `Code` that names
-itself, and the code says whose fault it is: only a fault of the machine burns one of the machine's strikes.
+case with `NotFound`, `Refused` or `Conflict`; the configuration with `ConfigError`.  Each failure has a `Code`, which
+says whose fault it is: only a fault of the machine burns one of the machine's strikes.
 """
 
 from __future__ import annotations

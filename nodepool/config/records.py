@@ -1,4 +1,4 @@
-"""What the YAML means, as frozen records.  Durations are seconds, sizes bytes, paths relative to the working directory."""
+"""What the YAML means, as frozen records.  Durations are seconds, sizes bytes, paths relative to where we run."""
 
 from __future__ import annotations
 
