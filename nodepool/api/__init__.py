@@ -1,0 +1,1 @@
+"""The REST API and its pages: thin adapters over `service`."""

@@ -1,0 +1,1 @@
+"""Network boot: dnsmasq kept running, boot scripts, the listener for agents and files."""

@@ -1,0 +1,1 @@
+"""Who may act: one protocol, in-process here, ZooKeeper later."""
