@@ -123,8 +123,8 @@ class Power(Protocol):
 
 def scheme_of(address: str) -> str:
     """Return the scheme of a BMC's address; raise `Permanent` when there is no back-end for it."""
-    scheme = urlsplit(address).scheme
-    if scheme not in _BACKENDS:
+    scheme, mark, _ = address.partition("://")
+    if not mark or scheme not in _BACKENDS:
         known = ", ".join(f"{name}://" for name in sorted(_BACKENDS))
         raise Permanent(
             f'the BMC address "{address}" is of no known kind: write one of {known}HOST[:PORT]', Code.CONFIG

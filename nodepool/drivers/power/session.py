@@ -227,7 +227,7 @@ async def _shake_hands(
         by_bmc = isinstance(failure, rakp.LoginRefused) and failure.by_bmc
         if not by_bmc and proven:
             Session(link, endpoint, handshake, progress).abandon()
-        elif not by_bmc and handshake.bmc_session:
+        if not by_bmc and handshake.bmc_session:
             link.tell(handshake.give_up(), endpoint)
         raise
     return Session(link, endpoint, handshake, progress)
