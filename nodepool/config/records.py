@@ -31,7 +31,7 @@ class DiskImage:
     formats: tuple[str, ...] = ("raw",)  # raw and raw.zst
     rebuild_age: float = 86400.0
     build_timeout: float = 28800.0
-    env_vars: Mapping[str, str] = field(default_factory=dict)
+    env_vars: Mapping[str, str] = field(default_factory=dict, repr=False)  # the secrets file's among them
     dib_cmd: str = "disk-image-create"
     assembly: str = "nodepool"  # or "dib": diskimage-builder (or dib-cmd) makes the whole disk itself
     pause: bool = False
@@ -157,7 +157,7 @@ class Config:
     """One generation of the configuration: the whole YAML, checked."""
 
     generation: str  # first 12 hex digits of the sha256 over the content that was read
-    database: str = "sqlite:///var/nodepool.db"
+    database: str = field(default="sqlite:///var/nodepool.db", repr=False)  # an URL that may hold a password
     socket: Path = Path("var/nodepool.sock")
     images_dir: Path = Path("var/images")
     elements_dir: Path | None = None
