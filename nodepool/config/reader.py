@@ -48,10 +48,10 @@ def load_checked(path: Path, secure: Path | None = None, env: Mapping[str, str] 
     """Like `load`, with the warnings."""
     doc = source.read(path, env)
     secrets = None if secure is None else _secrets(secure, env)
-    values = validate(doc, CONFIG) if _is_readable(doc) else None
     kept = validate(secrets, SECRETS) if secrets is not None and secrets.data is not None else {}
-    statsd = None
+    values = statsd = None
     if _is_readable(doc):
+        values = validate(doc, CONFIG)
         check(doc, secrets)
         statsd = _statsd(doc, env)
     problems = (*doc.problems, *(secrets.problems if secrets else ()))

@@ -220,20 +220,19 @@ def _explain_syntax(doc: Document, error: yaml.MarkedYAMLError, text: str) -> No
     line, column = (mark.line, mark.column) if mark else (0, 0)
     lines = text.splitlines()
     rest = lines[line][column:] if line < len(lines) else ""
-    what = error.problem or "this is not YAML"
+    said = error.problem or ""
     if error.context_mark and error.context_mark.line != line:
-        what += f" in what begins on line {error.context_mark.line + 1}"
-    if doc.secret:
-        what = "this is not YAML"  # the parser quotes what it found
-    remedy = "YAML"
+        said += f" in what begins on line {error.context_mark.line + 1}"
+    what = f"found what YAML cannot read ({said})"
+    remedy = "entries of one list or mapping in one column; a value that contains ': ' or ' #' in quotes"
     if rest[:1] == "\t":
         what, remedy = "found a tab", "spaces for indentation"
     elif rest[:1] in ("%", "@", "`"):
         what, remedy = f"found a value that begins with {rest[0]}", "such a value in quotes"
-    elif "mapping values are not allowed" in what or "expected <block end>" in what or "did not find expected" in what:
-        remedy = "entries of one list or mapping in one column; a value that contains ': ' or '#' in quotes"
-    elif "second document" in what:
-        remedy = "one document per file"
-    elif "undefined alias" in what:
-        remedy = "*NAME after an &NAME, or the value in quotes"
+    elif "second document" in said:
+        what, remedy = said, "one document per file"
+    elif "undefined alias" in said:
+        what, remedy = said, "*NAME after an &NAME, or the value in quotes"
+    if doc.secret:
+        what = "found what YAML cannot read"  # the parser quotes what it found
     doc.problem_at(line + 1, (), f"column {column + 1}: {what}; allowed: {remedy}")
