@@ -60,7 +60,7 @@ def declared(provider: Item) -> Iterator[Declared]:
 def chosen(pool: Mapping[str, Any], machines: Iterable[tuple[str, Mapping[str, str]]]) -> tuple[str, ...]:
     """The names of a pool's machines among the provider's (names and facts): the named, those that match, or all."""
     if isinstance(pool.get("machines"), list | tuple):
-        wanted = set(pool["machines"])
+        wanted = {entry for entry in pool["machines"] if isinstance(entry, str)}
         return tuple(name for name, _ in machines if name in wanted)
     try:
         where = parse(pool["where"]) if isinstance(pool.get("where"), str) else None

@@ -255,7 +255,7 @@ def _cidr(value: Any) -> str:
 
 def _database(value: Any) -> str:
     text = _text(value)
-    if not re.fullmatch(r"sqlite:///[^?#]+|(mysql|mariadb)\+pymysql://[^/]+/[^/?]+(\?.*)?", text):
+    if not re.fullmatch(r"sqlite:///[^?#]+|(mysql|mariadb)\+pymysql://[^/]*/[^/?]+(\?.*)?", text):
         raise NotAllowed
     return text
 

@@ -280,3 +280,8 @@ def test_a_thousand_machines_load_within_a_second(yaml, secure):
     config = load(path, secure, {})
     assert time.process_time() - start < 1.0
     assert len(config.providers["rack"].pools[0].machines) == 1000
+
+
+def test_a_list_where_names_belong_is_a_problem_and_no_crash(yaml):
+    with pytest.raises(ConfigError, match=r"machines\[p-01\]: found a mapping; allowed: a name"):
+        load(yaml(HEAD + provider("count: 1", "[{name: m, machines: [{name: p-01}, [x]], labels: []}]")), env={})
