@@ -161,8 +161,8 @@ def same_system(guid: str, system_uuid: str) -> bool:
 def open_power(may_send: Callable[[], bool] = lambda: True) -> OpenPower:
     """Open the power of all machines.
 
-    `may_send` is asked right before each packet, resends included, from a thread of the back-end, so it must be quick:
-    when it says no, nothing is sent and the call raises `Withheld`.
+    `may_send` is asked right before each packet, resends included, from a thread of the back-end, so it must be quick
+    and not raise: when it says no, nothing is sent and the call raises `Withheld`.
     """
     return OpenPower(may_send)
 

@@ -79,7 +79,8 @@ class Link:
         except ValueError:
             family = socket.AF_UNSPEC if self._dual else socket.AF_INET
             found = await self._loop.getaddrinfo(host, port, family=family, type=socket.SOCK_DGRAM)
-            address = ipaddress.ip_address(found[0][4][0])
+            known = (ipaddress.ip_address(entry[4][0]) for entry in found)
+            address = min(known, key=lambda one: one.version)  # many BMCs have an IPv6 address that nothing answers on
         if address.version == 4 and self._dual:
             return f"::ffff:{address}", port
         return str(address), port

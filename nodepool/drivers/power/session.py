@@ -18,7 +18,7 @@ from nodepool.drivers.power.link import Endpoint, Forbidden, Link, Silence, pati
 
 # BMCs dislike repeated RAKP messages, and some lock accounts: when one stays unanswered this many seconds, the login is
 # begun again; the last attempt waits until the deadline.
-RAKP_PAUSES = (1.0, 1.5, 3600.0)
+RAKP_PAUSES = (0.8, 1.0, 1.2, 3600.0)
 PROBE_PAUSES = (0.5, 0.8)  # a kept session that is silent for so long was forgotten by the BMC
 CLOSE_PAUSES = (0.3, 0.5)
 BUSY_PAUSE = 1.0  # seconds until a busy BMC is asked again, doubled each time
