@@ -274,9 +274,10 @@ class Operation:
     created_at: int
     node_id: int | None = None
     boot_id: int | None = None
-    phase: str = ""  # the lifecycle state that the step belongs to
+    job: str = ""  # the lifecycle state that the step belongs to
     attempt: int = 1
     by_agent: bool = False
+    phase_now: str = ""  # what the agent is at, in its own word
     params: Json = field(default_factory=dict)
     done: int = 0
     total: int = 0

@@ -17,6 +17,7 @@ class Catalog:
     pool_of: Mapping[str, Pool]  # by machine name
     offers: Mapping[str, tuple[tuple[Pool, PoolLabel], ...]]  # by label, in the order of the YAML
     images: Mapping[str, tuple[str, ...]]  # image -> providers that use it
+    machine_at: Mapping[str, MachineSpec]  # by MAC
 
     def provider(self, name: str) -> Provider | None:
         """The provider of this name, if the YAML still has it."""
@@ -53,4 +54,10 @@ def catalog(config: Config) -> Catalog:
         pool_of=pool_of,
         offers={label: tuple(found) for label, found in offers.items()},
         images={image: tuple(found) for image, found in images.items()},
+        machine_at={
+            interface.mac: spec
+            for provider in config.providers.values()
+            for spec in provider.machines
+            for interface in spec.interfaces
+        },
     )

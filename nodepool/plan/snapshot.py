@@ -1,7 +1,7 @@
 """The Snapshot: an index over the rows, folded from those that changed, so that a pass costs what changed.
 
-Folding rows as they change, again or late, ends in the same index as building it anew from the last version of every row;
-a property test holds it to that.
+Folding rows as they change, again or late, ends in the same index as building it anew from the last version of every
+row; a property test holds it to that.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from nodepool.model import (
 )
 from nodepool.store.rows import CODECS
 
+Stored = TypeVar("Stored", bound=Record)
 R = TypeVar("R", Machine, Node, Request, RequestNode, Build, Copy, Boot, Operation, Owner, Status, Event)
 
 
@@ -113,7 +114,7 @@ class Tx:
         """Insert when the transaction ends, together with its like; for rows whose id nobody needs before."""
         self._inserts.setdefault(type(record), []).append(record)
 
-    def put(self, record: R) -> R:
+    def put(self, record: Stored) -> Stored:
         """Update the row if it still has `record.version`; the record comes back with the version it will have.
 
         Putting the same row several times in one transaction writes it once, as it was put last.

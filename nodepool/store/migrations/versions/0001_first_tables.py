@@ -211,9 +211,10 @@ def upgrade() -> None:
         sa.Column("created_at", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("node_id", sa.BigInteger(), nullable=True),
         sa.Column("boot_id", sa.BigInteger(), nullable=True),
-        sa.Column("phase", sa.String(length=20), server_default="", nullable=False),
+        sa.Column("job", sa.String(length=20), server_default="", nullable=False),
         sa.Column("attempt", sa.BigInteger(), server_default="1", nullable=False),
         sa.Column("by_agent", sa.BigInteger(), server_default="0", nullable=False),
+        sa.Column("phase_now", sa.String(length=40), server_default="", nullable=False),
         sa.Column(
             "params",
             sa.Text().with_variant(mysql.LONGTEXT(), "mariadb").with_variant(mysql.LONGTEXT(), "mysql"),

@@ -1,0 +1,256 @@
+"""The `fake` driver: the steps, transitions and rows of `metal`, over machines that exist in this process alone.
+
+Only the far side of the ports is invented: power that is on or off, firmware that asks for its boot script, an agent
+that says hello, takes orders and reports, a system that can be logged in to.  Everything takes as many seconds as it is
+told, on whatever clock the world is given, and any phase of any machine can be told to fail.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from nodepool.clock import Clock, micros
+from nodepool.config.records import Config
+from nodepool.door import AgentDoor, Lines, Reply
+from nodepool.drivers.metal import JOBS, entry
+from nodepool.drivers.power import DEADLINE, Bmc, BootDevice
+from nodepool.drivers.step import Target
+from nodepool.errors import Code, Permanent, StepError, Temporary
+from nodepool.model import Boot, BootState, Node
+
+__all__ = ["JOBS", "World", "entry", "mac_of"]
+
+DISK_SIZE = 8 * 10**9
+_FAILURES = {
+    "erase": (Code.DISK_ERASE, "disk vda still gives old bytes after it was erased"),
+    "write": (Code.DISK_WRITE, "disk vda: input/output error at byte 4194304"),
+    "configure": (Code.AGENT_ERROR, "cannot mount the root file system"),
+    "start": (Code.AGENT_ERROR, "reboot: command not found"),
+}
+
+
+@dataclass
+class FakeMachine:
+    """One machine of thin air."""
+
+    name: str
+    delay: float = 0.0
+    failing: str = ""  # the phase that fails, for ever
+    on: bool = False
+    boot_device: BootDevice = "disk"
+    life: int = 0  # counts power cycles: what was scheduled in an earlier life does not happen any more
+    boot_id: int = 0
+    nonce: str = ""
+    installed: str = ""  # the host key of the system on the disk
+    running: str = ""  # the boot id of the system that answers logins
+    authorized: set[str] = field(default_factory=set)
+    firmware_boots: int = 0
+    marker: str = ""  # what the last user left on the disk
+
+
+class World:
+    """The fake machines: behind the ports `Power` and `Shell` on this side, agents at the door on the other.
+
+    `pass_once` lets happen what is due; it is a loop of the daemon like the others, and runs on the same clock.
+    """
+
+    def __init__(self, door: AgentDoor, clock: Clock) -> None:
+        self.machines: dict[str, FakeMachine] = {}
+        self.wake: Callable[[], None] = lambda: None
+        self._door = door
+        self._clock = clock
+        self._events: list[tuple[int, int, int, str, Callable[[FakeMachine], None]]] = []
+        self._order = itertools.count()
+        self._by_boot: dict[int, str] = {}
+        self._lock = threading.RLock()
+
+    def configure(self, config: Config) -> None:
+        """Bring the machines in line with the YAML; those that live go on living."""
+        with self._lock:
+            for provider in config.providers.values():
+                for spec in provider.machines if provider.driver == "fake" else ():
+                    machine = self.machines.setdefault(spec.name, FakeMachine(spec.name))
+                    machine.delay = provider.fake.delay
+                    machine.failing = provider.fake.failures.get(spec.name, "")
+
+    def remember(self, boots: Iterable[tuple[str, Boot]], nodes: Iterable[Node]) -> None:
+        """Real machines outlive the daemon; these are put back as the store last knew them."""
+        for name, boot in boots:
+            if name in self.machines and boot.state is BootState.UP:
+                machine = self.machines[name]
+                machine.on, machine.boot_id, machine.nonce = True, boot.id, boot.nonce
+                self._by_boot[boot.id] = name
+                self._later(machine, self._ask, 0.0)
+        for node in nodes:
+            if node.machine in self.machines and node.os_boot_id:
+                machine = self.machines[node.machine]
+                machine.on, machine.installed, machine.running = True, node.host_key, node.os_boot_id
+
+    # The port `Power`: the address is fake://NAME.
+
+    def power(self, bmc: Bmc, *, deadline: float = DEADLINE) -> bool:  # noqa: ARG002
+        """Whether the machine is on."""
+        return self._machine(bmc.address.removeprefix("fake://")).on
+
+    def set_power(self, bmc: Bmc, *, on: bool, deadline: float = DEADLINE) -> None:  # noqa: ARG002
+        """Switch the machine; a machine whose `power` fails takes the command and does nothing."""
+        with self._lock:
+            machine = self._machine(bmc.address.removeprefix("fake://"))
+            if machine.on == on or machine.failing == ("power-on" if on else "power-off"):
+                return
+            machine.on = on
+            machine.life += 1
+            machine.running, machine.nonce, machine.boot_id = "", "", 0
+            if on:
+                machine.firmware_boots += 1
+                device, machine.boot_device = machine.boot_device, "disk"
+                self._later(machine, self._network_boot if device == "pxe" else self._disk_boot)
+
+    def set_boot(
+        self,
+        bmc: Bmc,
+        device: BootDevice,
+        *,
+        uefi: bool,  # noqa: ARG002
+        persistent: bool = False,  # noqa: ARG002
+        deadline: float = DEADLINE,  # noqa: ARG002
+    ) -> None:
+        """Choose the device of the next boot."""
+        self._machine(bmc.address.removeprefix("fake://")).boot_device = device
+
+    def info(self, bmc: Bmc, *, deadline: float = DEADLINE) -> Mapping[str, str]:  # noqa: ARG002
+        """What a BMC of thin air says about itself."""
+        return {"firmware": "1.00", "ipmi": "2.0", "device": self._machine(bmc.address.removeprefix("fake://")).name}
+
+    def identify(self, bmc: Bmc, seconds: int = 15, *, deadline: float = DEADLINE) -> None:
+        """Nobody sees the light."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    # The port `Shell`: the address is the machine's reserved one, found by the host key of what runs there.
+
+    def boot_id(self, target: Target) -> str:
+        """The boot id of the system with the proven host key."""
+        return self._system(target).running
+
+    def authorize(self, target: Target, keys: tuple[str, ...]) -> None:
+        """Put keys on."""
+        machine = self._system(target)
+        if machine.failing == "authorize":
+            raise Permanent("the file system of the node is read-only", Code.LOGIN_AUTH)
+        machine.authorized.update(keys)
+
+    def _system(self, target: Target) -> FakeMachine:
+        machine = self.machines.get(_name_in(target.host_key))
+        if machine is None or not machine.running or machine.installed != target.host_key:
+            raise Temporary(f"no SSH on {target.address or 'it'} yet", Code.LOGIN_SILENT)
+        return machine
+
+    # The far side: firmware, agent, system.
+
+    def pass_once(self) -> int:
+        """Let happen what is due; gives when the next thing will (microseconds UTC), 0 when only an order can."""
+        for boot_id in self._door.changed():
+            name = self._by_boot.get(boot_id)
+            if name is not None:
+                with self._lock:
+                    self._later(self.machines[name], self._ask, 0.0)
+        while True:
+            with self._lock:
+                if not self._events or self._events[0][0] > self._clock.now():
+                    return self._events[0][0] if self._events else 0
+                _, _, life, name, happen = heapq.heappop(self._events)
+                machine = self.machines[name]
+                if machine.life != life:
+                    continue
+            happen(machine)
+
+    def _machine(self, name: str) -> FakeMachine:
+        if name not in self.machines:
+            raise StepError(f"there is no fake machine {name}", Code.CONFIG)
+        return self.machines[name]
+
+    def _later(self, machine: FakeMachine, happen: Callable[[FakeMachine], None], delay: float | None = None) -> None:
+        when = self._clock.now() + micros(machine.delay if delay is None else delay)
+        heapq.heappush(self._events, (when, next(self._order), machine.life, machine.name, happen))
+        self.wake()
+
+    def _network_boot(self, machine: FakeMachine) -> None:
+        expected = self._door.expected_boot(mac_of(machine.name))
+        if expected is None:
+            self._disk_boot(machine)
+            return
+        if machine.failing == "agent":
+            return
+        machine.nonce = hashlib.sha256(f"{machine.name} {machine.life}".encode()).hexdigest()[:32]
+        hello = {
+            "version": "1",
+            "token": expected.token,
+            "nonce": machine.nonce,
+            "agent_boot_id": f"agent-{machine.name}-{machine.life}",
+            "fact.cpus": "4",
+            "fact.memory": str(8 * 2**30),
+            "fact.firmware": "bios",
+            "nic.0.name": "eth0",
+            "nic.0.mac": mac_of(machine.name),
+            "disk.0.name": "vda",
+            "disk.0.size": str(DISK_SIZE),
+        }
+        reply = self._door.hello(hello, "127.0.0.1")
+        if reply.status == 200:
+            machine.boot_id = int(reply.lines["boot"])
+            self._by_boot[machine.boot_id] = machine.name
+            self._ask(machine)
+
+    def _disk_boot(self, machine: FakeMachine) -> None:
+        if machine.installed and machine.failing != "login":
+            machine.running = f"system-{machine.name}-{machine.life}"
+
+    def _ask(self, machine: FakeMachine) -> None:
+        """Poll, and carry out what is ordered; the report is made when the phase's time is over."""
+        reply = self._poll(machine, {})
+        if "operation" not in reply.lines:
+            return
+        order = reply.lines
+        self._poll(machine, {"operation": order["operation"], "state": "running"}) if machine.delay else None
+        self._later(machine, lambda m: self._carried_out(m, order))
+
+    def _carried_out(self, machine: FakeMachine, order: Lines) -> None:
+        kind, operation = order["kind"], order["operation"]
+        if machine.failing == kind:
+            code, error = _FAILURES[kind]
+            self._poll(machine, {"operation": operation, "state": "failed", "code": str(code), "error": error})
+            return
+        report = {"operation": operation, "state": "done"}
+        if kind == "erase":
+            machine.marker, machine.installed = "", ""
+        if kind == "configure":
+            machine.installed = f"ssh-ed25519 AAAAfake{machine.name}.{operation}"
+            machine.authorized = {order["authorized_keys"]}
+            report["result.host_key"] = machine.installed
+        self._poll(machine, report)
+        if kind == "start":
+            with self._lock:
+                machine.life += 1  # the agent is gone, the firmware starts what is on the disk
+                machine.firmware_boots += 1
+                self._later(machine, self._disk_boot)
+
+    def _poll(self, machine: FakeMachine, report: Mapping[str, str]) -> Reply:
+        return self._door.poll({"boot": str(machine.boot_id), "nonce": machine.nonce, **report}, "127.0.0.1")
+
+
+def _name_in(host_key: str) -> str:
+    """The machine that made a fake host key (`ssh-ed25519 AAAAfakeNAME.NUMBER`)."""
+    return host_key.rpartition(" ")[2].removeprefix("AAAAfake").rpartition(".")[0]
+
+
+def mac_of(name: str) -> str:
+    """The locally administered MAC of a fake machine."""
+    digest = hashlib.sha256(name.encode()).hexdigest()
+    return "02:" + ":".join(digest[i : i + 2] for i in range(0, 10, 2))

@@ -1,0 +1,47 @@
+"""The janitor: forgets what is old, and mends what a crash may have left between two rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from nodepool.clock import SECOND, micros
+from nodepool.errors import StoreUnavailable
+from nodepool.model import Boot, BootState, Event, Operation
+from nodepool.plan import Catalog
+from nodepool.store import Office, Store, Tx
+from nodepool.store import tables as t
+
+log = logging.getLogger("nodepool.janitor")
+
+EVERY = 3600.0
+
+
+class Janitor:
+    """One pass sweeps once."""
+
+    def __init__(self, store: Store, catalog: Callable[[], Catalog]) -> None:
+        self.office: Office | None = None
+        self.sentence = "not run yet"
+        self._store = store
+        self._catalog = catalog
+
+    def pass_once(self) -> int:
+        """Sweep; gives when to sweep again (microseconds UTC)."""
+        now = self._store.clock.now()
+        try:
+            gone = self._store.write(self._sweep, self.office)
+        except StoreUnavailable as error:
+            log.warning("%s; sweeping later", error)
+            return now + 60 * SECOND
+        self.sentence = f"{gone} old events, boots and operations forgotten"
+        return now + micros(EVERY)
+
+    def _sweep(self, tx: Tx) -> int:
+        before = tx.now - micros(self._catalog().config.event_retention)
+        over = [str(BootState.ENDED), str(BootState.FAILED)]
+        return (
+            tx.remove(Event, t.events.c.time < before)
+            + tx.remove(Operation, t.operations.c.finished_at > 0, t.operations.c.finished_at < before)
+            + tx.remove(Boot, t.boots.c.state.in_(over), t.boots.c.ended_at > 0, t.boots.c.ended_at < before)
+        )

@@ -1,0 +1,298 @@
+"""What becomes of the rows when a step was begun, waits, is done or has failed.
+
+Everything here runs inside a transaction and touches the rows of one machine: the machine, its node, its boot and the
+operation that stands for the step.  The subject of a job is the row that carries its `Work`: the node while one is
+being built, taken down or handed over, the machine otherwise.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+from dataclasses import dataclass, replace
+
+from nodepool.clock import micros, seconds_between
+from nodepool.config.records import Provider
+from nodepool.drivers.step import Context, Done, Step, Wait
+from nodepool.errors import Code, Fault, Permanent, StepError, Temporary
+from nodepool.lifecycle import Backoff, MachineEvent, NodeEvent
+from nodepool.model import (
+    Boot,
+    BootState,
+    Machine,
+    MachineState,
+    Node,
+    NodeState,
+    Operation,
+    OperationState,
+    Work,
+)
+from nodepool.plan.board import HAND_OVER
+from nodepool.service import requests
+from nodepool.service.moves import move, note
+from nodepool.store import Tx
+
+RETRY = Backoff(first=5, limit=300)
+_OPEN = frozenset({OperationState.PENDING, OperationState.RUNNING})
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """The rows of one machine at the time when its step was run."""
+
+    job: str
+    steps: tuple[Step, ...]
+    provider: Provider
+    machine: Machine
+    node: Node | None = None
+    boot: Boot | None = None
+    operation: Operation | None = None
+
+    @property
+    def subject(self) -> Machine | Node:
+        """The row that carries the job's Work."""
+        if self.job in {MachineState.INSPECTING, MachineState.CLEANING}:
+            return self.machine
+        assert self.node is not None
+        return self.node
+
+    def step(self, name: str) -> Step | None:
+        """The step of this name."""
+        return next((step for step in self.steps if step.name == name), None)
+
+    def timeout(self, step: Step) -> float:
+        """Seconds without progress that a step may take."""
+        return self.provider.boot_timeout if step.timeout is None else step.timeout
+
+
+def begin(tx: Tx, item: Item, first: str) -> None:
+    """Take up a job at the step `first`; what was being done on the machine before is over."""
+    if item.operation is not None and item.operation.state in _OPEN:
+        _close(tx, item.operation, OperationState.FAILED, "given up for another job", Code.CANCELLED)
+    enter(tx, item, first, item.subject.work.attempt)
+
+
+def enter(tx: Tx, item: Item, name: str, attempt: int, delay: float = 0.0) -> None:
+    """Write the step `name` down, to be run after `delay` seconds; its operation is the intent."""
+    step = item.step(name)
+    assert step is not None, f"job {item.job} has no step {name}"
+    tx.add_later(
+        Operation(
+            id=0,
+            machine_id=item.machine.id,
+            kind=step.name,
+            state=OperationState.PENDING,
+            created_at=tx.now,
+            node_id=item.machine.node_id,
+            boot_id=item.machine.boot_id,
+            job=item.job,
+            attempt=attempt,
+            by_agent=False,  # until `issue` has given it its parameters
+            changed_at=tx.now,
+        )
+    )
+    next_at = tx.now + micros(delay)
+    work = Work(
+        step=step.name,
+        since=tx.now,
+        deadline=next_at + micros(item.timeout(step)),
+        attempt=attempt,
+        next_at=next_at,
+        error=item.subject.work.error,
+        code=item.subject.work.code,
+    )
+    tx.put(replace(item.subject, work=work))
+
+
+def issue(tx: Tx, item: Item, params: dict[str, str]) -> None:
+    """Give the operation of an agent's step its parameters: from here on the agent sees it."""
+    assert item.operation is not None
+    tx.put(replace(item.operation, by_agent=True, params=params, boot_id=item.machine.boot_id, changed_at=tx.now))
+
+
+def waits(tx: Tx, item: Item, answer: Wait, *, progress: bool) -> None:
+    """Keep what the step waits for; progress pushes the deadline."""
+    subject = item.subject
+    work = replace(subject.work, waiting=answer.why)
+    if progress:
+        step = item.step(work.step)
+        assert step is not None
+        work = replace(work, deadline=tx.now + micros(item.timeout(step)))
+    if isinstance(subject, Machine):
+        subject = _observed(tx, subject, answer.power)
+        tx.put(replace(subject, work=work))
+    else:
+        tx.put(replace(subject, work=work))
+        if answer.power and answer.power != item.machine.power_observed:
+            tx.put(_observed(tx, item.machine, answer.power))
+
+
+def done(tx: Tx, item: Item, answer: Done) -> None:
+    """Close the step and enter the next one, or end the job."""
+    if item.operation is not None and item.operation.state in _OPEN:
+        _close(tx, item.operation, OperationState.DONE)
+    machine = _observed(tx, item.machine, answer.power)
+    if answer.machine:
+        machine = replace(machine, **answer.machine)
+    if answer.mint or answer.end_boot:
+        if item.boot is not None and item.boot.state in {BootState.EXPECTED, BootState.UP}:
+            tx.put(replace(item.boot, state=BootState.ENDED, ended_at=tx.now))
+        boot = _mint(tx, machine) if answer.mint else None
+        machine = replace(machine, boot_id=boot.id if boot else None, power_wanted="on")
+    node = replace(item.node, **answer.node) if item.node is not None and answer.node else item.node
+    if machine is not item.machine:
+        machine = tx.put(machine)
+    if node is not None and node is not item.node:
+        node = tx.put(node)
+    item = replace(item, machine=machine, node=node)
+    names = [step.name for step in item.steps]
+    following = names.index(item.subject.work.step) + 1
+    if following < len(names):
+        enter(tx, item, names[following], item.subject.work.attempt)
+    else:
+        _finish(tx, item)
+
+
+def failed(tx: Tx, item: Item, error: StepError, rng: random.Random) -> None:
+    """A look at the step failed; when it cannot or may not be repeated, this attempt at the job has failed."""
+    work = item.subject.work
+    if isinstance(error, Temporary) and tx.now + micros(error.delay) < work.deadline:
+        next_at = tx.now + micros(error.delay)
+        tx.put(replace(item.subject, work=replace(work, next_at=next_at, error=str(error), code=str(error.code))))
+        return
+    if item.operation is not None and item.operation.state in _OPEN:
+        _close(tx, item.operation, OperationState.FAILED, str(error), error.code)
+    note(tx, item.subject, "attempt-failed", _sentence(work, error), code=str(error.code), data={"step": work.step})
+    if item.job == HAND_OVER:
+        _lost(tx, item, error)
+        return
+    machine, strikes = item.machine, item.machine.strikes + (error.code.fault is Fault.MACHINE)
+    hopeless = error.code.fault in {Fault.USER, Fault.IMAGE}
+    if hopeless or work.attempt >= item.provider.launch_retries or strikes >= item.provider.strikes:
+        _give_up(tx, item, error, strikes)
+        return
+    if strikes != machine.strikes:
+        machine = tx.put(replace(machine, strikes=strikes))
+    delay = RETRY.seconds(work.attempt, rng)
+    subject_work = replace(work, error=_sentence(work, error), code=str(error.code))
+    item = replace(item, machine=machine)
+    if isinstance(item.subject, Machine):
+        item = replace(item, machine=replace(item.machine, work=subject_work))
+    else:
+        assert item.node is not None
+        item = replace(item, node=replace(item.node, work=subject_work))
+    enter(tx, item, item.steps[0].name, work.attempt + 1, delay)
+
+
+def timed_out(item: Item, now: int) -> Permanent:
+    """The failure of a step that made no progress before its deadline."""
+    work = item.subject.work
+    step = item.step(work.step)
+    assert step is not None
+    waited = seconds_between(work.deadline, now) + item.timeout(step)
+    return Permanent(f"no progress for {waited:.0f} s: {work.waiting or 'it did not answer'}", step.code)
+
+
+def _sentence(work: Work, error: StepError) -> str:
+    return f"{work.step} (attempt {work.attempt}): {error}"
+
+
+def _finish(tx: Tx, item: Item) -> None:
+    machine, node = item.machine, item.node
+    if item.job == NodeState.BUILDING:
+        assert node is not None
+        move(tx, node, NodeEvent.PROVEN, "logged in with its proven host key", ready_at=tx.now)
+        if machine.strikes:
+            tx.put(replace(machine, strikes=0))
+    elif item.job == NodeState.DELETING:
+        assert node is not None
+        move(tx, node, NodeEvent.GONE, f"the agent is up on {machine.name}")
+        move(tx, machine, MachineEvent.VACATE, f"node {node.id} is gone", node_id=None)
+    elif item.job == MachineState.INSPECTING:
+        if node is not None:
+            _node_gone_after_repair(tx, node, machine)
+        cleared = {"failure": "", "failure_code": "", "failure_phase": ""}
+        move(tx, machine, MachineEvent.INSPECTED, _facts_in_short(machine), node_id=None, **cleared)
+    elif item.job == MachineState.CLEANING:
+        move(tx, machine, MachineEvent.CLEANED, "no old byte can be read from its disks")
+    else:
+        assert node is not None
+        requests.authorized(tx, node)
+
+
+def _node_gone_after_repair(tx: Tx, node: Node, machine: Machine) -> None:
+    if node.state is not NodeState.DELETING:
+        node = move(tx, node, NodeEvent.DELETE, "its machine was broken")
+    move(tx, node, NodeEvent.GONE, f"the agent is up on {machine.name}")
+
+
+def _facts_in_short(machine: Machine) -> str:
+    facts = machine.facts
+    memory = int(facts.get("fact.memory", 0)) / 2**30
+    sizes = [int(value) / 1e9 for key, value in facts.items() if key.startswith("disk.") and key.endswith(".size")]
+    return (
+        f"{facts.get('fact.cpus', '?')} CPUs, {memory:.1f} GiB, {len(sizes)} disks ({sum(sizes):.1f} GB),"
+        f" {facts.get('fact.firmware', 'unknown')} firmware"
+    )
+
+
+def _give_up(tx: Tx, item: Item, error: StepError, strikes: int) -> None:
+    work, machine = item.subject.work, item.machine
+    failure = {"failure": str(error), "failure_code": str(error.code), "failure_phase": work.step}
+    if item.job == NodeState.BUILDING:
+        assert item.node is not None
+        move(tx, item.node, NodeEvent.FAIL, _sentence(work, error), failed_at=tx.now, **failure)
+        if error.code.fault not in {Fault.MACHINE, Fault.USER}:
+            return
+        if error.code.fault is Fault.MACHINE and strikes < item.provider.strikes:
+            tx.put(replace(machine, strikes=strikes))
+            return
+    retry_at = tx.now + micros(item.provider.retry_broken)
+    broken = Work(
+        since=tx.now, next_at=retry_at, waiting="to be inspected again", error=str(error), code=str(error.code)
+    )
+    move(tx, machine, MachineEvent.BREAK, _sentence(work, error), work=broken, strikes=0, **failure)
+
+
+def _lost(tx: Tx, item: Item, error: StepError) -> None:
+    """A READY node could not be handed over: it is taken down and the request goes back to the queue."""
+    node = item.node
+    assert node is not None
+    work = Work(since=tx.now, next_at=tx.now, waiting="to be taken up", error=str(error), code=str(error.code))
+    node = move(tx, node, NodeEvent.DELETE, f"hand-over failed: {error}", work=work)
+    requests.node_left(tx, node, f"node {node.id} could not be handed over: {error}")
+
+
+def _mint(tx: Tx, machine: Machine) -> Boot:
+    return tx.add(
+        Boot(
+            id=0,
+            machine_id=machine.id,
+            token=secrets.token_hex(16),
+            state=BootState.EXPECTED,
+            minted_at=tx.now,
+            node_id=machine.node_id,
+        )
+    )
+
+
+def _observed(tx: Tx, machine: Machine, power: str) -> Machine:
+    if not power or power == machine.power_observed:
+        return machine
+    return replace(machine, power_observed=power, power_seen_at=tx.now)
+
+
+def _close(tx: Tx, operation: Operation, state: OperationState, error: str = "", code: Code | str = "") -> None:
+    tx.put(replace(operation, state=state, error=error, code=str(code), changed_at=tx.now, finished_at=tx.now))
+
+
+def run(step: Step, ctx: Context) -> Done | Wait | StepError | dict[str, str]:
+    """Run one look at a step; whatever it raises comes back as a StepError, an order to be issued as its parameters."""
+    try:
+        if step.order is not None and not ctx.operation.by_agent:
+            return step.order(ctx)
+        return step.run(ctx)
+    except StepError as error:
+        return error
+    except Exception as error:  # noqa: BLE001 - a defect of a step must not stop the pool
+        return Temporary(f"unexpected {type(error).__name__}: {error}", Code.UNEXPECTED, delay=30)
