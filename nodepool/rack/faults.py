@@ -34,6 +34,11 @@ class Faults:
     duplicate: float = 0.0  # share of answers that arrive twice
     delay: float = 0.0  # seconds before an answer leaves
 
+    def described(self) -> list[str]:
+        """What is not as it should be, as `NAME=VALUE`."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return [f"{name}={_text(value)}" for name, value in values.items() if value != getattr(NO_FAULTS, name)]
+
     def with_fault(self, text: str) -> Faults:
         """This record with `NAME[=VALUE]` applied, as the command line writes it.
 
@@ -50,6 +55,14 @@ class Faults:
             return replace(self, **changes)
         except (ValueError, KeyError):
             raise RackError(f"fault {name} does not take {value!r}; {_ALLOWED.get(name, _ALLOWED['drop'])}") from None
+
+
+def _text(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ",".join(f"{name}:{code:#x}" for name, code in value.items())
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "yes" if value is True else str(value)
 
 
 def _stage(value: str) -> str:
