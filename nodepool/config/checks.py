@@ -18,6 +18,7 @@ from nodepool.config.schema import DRIVERS, declared
 from nodepool.config.where import WhereError, parse
 
 _COUNT = whole(-1, 1_000_000)
+_NAME = rules.name("entry")
 _SOME = 5  # names that a sentence lists
 
 
@@ -68,7 +69,7 @@ def _again(doc: Document, place: Place, first: Place, name: str) -> None:
 def _known(doc: Document, place: Place, name: str, known: Collection[str], what: str) -> None:
     if not name or name in known:
         return
-    names = sorted(known)
+    names = sorted(filter(_NAME.quietly, known))
     listed = ", ".join(names[:_SOME]) + (" and more" if len(names) > _SOME else "")
     doc.problem(place, f"found {doc.found(name)}", f"{what}: {listed or 'there is none'}{nearest(name, names)}")
 

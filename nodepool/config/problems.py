@@ -59,7 +59,9 @@ class Document:
         for line, place, text in sorted(entries, key=lambda entry: entry[0]):
             where = f"{self.name}:{line}" if line else self.name
             path = self.path(place)
-            shown.append(f"{where}: {path}: {text}" if path else f"{where}: {text}")
+            sentence = f"{where}: {path}: {text}" if path else f"{where}: {text}"
+            # Names from the file can contain anything; a problem stays one line that no terminal obeys.
+            shown.append("".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence))
         return tuple(dict.fromkeys(shown))
 
     def line(self, place: Place) -> int:

@@ -285,3 +285,9 @@ def test_a_thousand_machines_load_within_a_second(yaml, secure):
 def test_a_list_where_names_belong_is_a_problem_and_no_crash(yaml):
     with pytest.raises(ConfigError, match=r"machines\[p-01\]: found a mapping; allowed: a name"):
         load(yaml(HEAD + provider("count: 1", "[{name: m, machines: [{name: p-01}, [x]], labels: []}]")), env={})
+
+
+def test_a_problem_stays_on_one_line_whatever_names_the_file_has(yaml):
+    with pytest.raises(ConfigError) as caught:
+        load(yaml('version: 1\nlabels: [{name: "a\\nb\\e[1m"}]\n' + provider()), env={})
+    assert all(problem.isprintable() for problem in caught.value.problems)
