@@ -11,14 +11,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from itertools import chain, repeat
 from typing import NamedTuple
 
 from nodepool.drivers.power import Busy, OutcomeUnknown, Refused, Unreachable, rakp, rmcp
 from nodepool.drivers.power.link import Endpoint, Forbidden, Link, Silence, patient
 
 # BMCs dislike repeated RAKP messages, and some lock accounts: when one stays unanswered this many seconds, the login is
-# begun again; the last attempt waits until the deadline.
-RAKP_PAUSES = (0.8, 1.0, 1.2, 3600.0)
+# begun again, and in the end each attempt has as long as a slow BMC may need.
+RAKP_PAUSES = (0.8, 1.0, 1.2, 4.0)
+FORGOTTEN = 2  # times that a login is begun again because the BMC does not know the session it has just opened
 PROBE_PAUSES = (0.5, 0.8)  # a kept session that is silent for so long was forgotten by the BMC
 CLOSE_PAUSES = (0.3, 0.5)
 BUSY_PAUSE = 1.0  # seconds until a busy BMC is asked again, doubled each time
@@ -193,21 +195,21 @@ def _refusal(bmc: str, command: Command, answer: rmcp.Answer) -> Refused:
 
 async def log_in(link: Link, endpoint: Endpoint, account: rakp.Account, way: Way, progress: Progress) -> Session:
     """Open a session, beginning with `way`; raise `LoginRefused` when no way is left."""
-    pauses = iter(RAKP_PAUSES)
-    pause = next(pauses)
+    pauses = chain(RAKP_PAUSES, repeat(RAKP_PAUSES[-1]))
+    pause, forgotten = next(pauses), 0
     while True:
         handshake = rakp.Handshake(rmcp.SUITES[way.suite], account, way.privilege, link.new_id())
         try:
             session = await _shake_hands(link, endpoint, handshake, pause, progress)
             return await _at_privilege(session, way.privilege)
         except Silence:
-            pause = next(pauses, pause)
+            pause = next(pauses)
         except rakp.LoginRefused as refusal:
-            other = way.other(refusal.status)
-            forgotten = refusal.status in rakp.GONE and next(pauses, None)
-            if not other and not forgotten:
+            forgotten += refusal.status in rakp.GONE
+            other = way if refusal.status in rakp.GONE and forgotten <= FORGOTTEN else way.other(refusal.status)
+            if not other:
                 raise
-            way, pause = other or way, forgotten or pause
+            way = other
 
 
 async def _shake_hands(
