@@ -127,6 +127,7 @@ class QemuMachine:
             said = errors.read_text(errors="replace").strip().splitlines() if errors.exists() else []
             raise RackError(f"QEMU did not start: {said[-1] if said else error}") from error
         self.firmware_boots += 1
+        self._reset_at = 0.0
         self.started = time.monotonic()
         self._ended = asyncio.create_task(self._watch(self._process, self._monitor))
 
