@@ -107,7 +107,7 @@ class Sessions:
         now = self.now()
         for session in list(self.table.values()):
             if now - session.touched > (self.idle_seconds if session.keys else LOGIN_SECONDS):
-                del self.table[session.managed]
+                self.table.pop(session.managed, None)
 
     def close(self, data: bytes) -> tuple[int, bytes]:
         """Close Session (22.19): completion code and data."""

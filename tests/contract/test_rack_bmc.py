@@ -157,6 +157,12 @@ def test_session_at_user_privilege_may_look_and_not_touch(one):
     assert "Insufficient privilege" in ipmitool(one, "power", "on", options=options).stderr
 
 
+def test_bmc_key_is_needed_where_there_is_one(one):
+    one.bmc.sessions.kg = b"the-key-of-the-bmc"
+    assert ipmitool(one, "power", "status").returncode != 0
+    assert ipmitool(one, "power", "status", options=("-k", "the-key-of-the-bmc")).returncode == 0
+
+
 def test_closed_sessions_give_their_slots_back():
     with bmc.running(users=USERS, slots=1) as endpoints:
         for _ in range(3):

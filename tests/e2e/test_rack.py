@@ -11,6 +11,11 @@ from pathlib import Path
 import pytest
 from rack_helpers import DISK_WORD, NETWORK_WORD, SCRIPT_WORD, Up, network_boot, put_boot_sector, rack
 
+from nodepool.rack import accel
+from nodepool.rack.accel import Accelerator
+
+BUSYBOX = Path("/bin/busybox")
+
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.skipif(os.geteuid() != 0, reason="namespaces and taps need root"),
@@ -287,6 +292,13 @@ def test_missing_programs_are_named_by_their_package(tmp_path):
     assert "apt-get install iproute2 qemu-system-x86 util-linux" in done.stderr
 
 
+def test_without_root_the_rack_says_so(tmp_path):
+    command = ["unshare", "--user", sys.executable, "-m", "nodepool.cmd.rack", "up", "--dir", str(tmp_path / "rack")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("needs root: run it with sudo\n")
+
+
 def test_wrong_size_is_a_usage_error(tmp_path):
     done = rack("up", "--dir", tmp_path, "--disk-size", "huge")
     assert done.returncode == 2
@@ -299,9 +311,34 @@ def test_down_of_no_rack_is_said(tmp_path):
     assert "there is no rack in" in done.stderr
 
 
-def test_accelerator_is_probed_once_and_remembered_with_its_reason(up):
-    accelerator = up.json["accelerator"]
-    assert accelerator["name"] in {"kvm", "tcg"}
-    assert accelerator["reason"]
-    kept = up.folder / "accel.json"
-    assert not kept.exists() or json.loads(kept.read_text())["name"] == accelerator["name"]
+def test_accelerator_is_chosen_with_a_reason(up):
+    assert up.json["accelerator"]["name"] in {"kvm", "tcg"}
+    assert up.json["accelerator"]["reason"]
+
+
+def test_kvm_that_was_never_seen_to_boot_a_kernel_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(accel, "_host_kernels", list)
+    assert accel.choose(tmp_path).name == "tcg"
+    assert not (tmp_path / "accel.json").exists()
+
+
+def test_probe_that_hears_no_word_falls_back_to_tcg():
+    not_a_kernel = Path("/usr/lib/ipxe/ipxe.lkrn")
+    assert accel.probe(not_a_kernel, BUSYBOX, 2.0, "tcg").reason == "no kernel came up under tcg within 2 s"
+
+
+def test_answer_of_the_probe_is_kept_until_the_host_boots_anew(tmp_path):
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    (tmp_path / "accel.json").write_text(json.dumps({"name": "kvm", "reason": "seen", "host_boot": boot_id}))
+    kept = accel.choose(tmp_path)
+    (tmp_path / "accel.json").write_text(json.dumps({"name": "kvm", "reason": "seen", "host_boot": "another"}))
+    assert kept == Accelerator("kvm", "seen") or not os.access("/dev/kvm", os.R_OK | os.W_OK)
+    assert accel.choose(tmp_path).reason != "seen"
+
+
+def test_initramfs_of_the_probe_is_a_cpio_archive(tmp_path):
+    archive = accel.cpio({"bin": None, "bin/busybox": b"x" * 1001, "init": b"y"})
+    done = subprocess.run(["cpio", "-idv"], input=archive, cwd=tmp_path, capture_output=True, check=True)
+    assert done.stderr.split()[:3] == [b"bin", b"bin/busybox", b"init"]
+    assert (tmp_path / "bin/busybox").read_bytes() == b"x" * 1001
+    assert os.access(tmp_path / "init", os.X_OK)
