@@ -18,6 +18,8 @@ Counts = Counter[tuple[str, str, str, NodeState]]  # provider, pool, label, stat
 class Metrics(Protocol):
     """What the loops tell."""
 
+    gauges_every: float  # seconds between two reports of the gauges; 0: never
+
     def launch(self, node: Node) -> None:
         """A launch has ended: the node is READY, or FAILED with its code."""
         ...
@@ -33,6 +35,8 @@ class Metrics(Protocol):
 
 class NoMetrics:
     """Tells nobody."""
+
+    gauges_every = 0.0
 
     def launch(self, node: Node) -> None:
         """Nothing."""
@@ -53,6 +57,7 @@ class StatsdMetrics:
     """
 
     def __init__(self, address: Statsd) -> None:
+        self.gauges_every = 10.0
         self._client = statsd.StatsClient(address.host, address.port, prefix=address.prefix or None)
         self._known: set[str] = set()  # gauges that were told: they must be told when they are down to 0
 

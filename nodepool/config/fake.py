@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
+from ipaddress import ip_address
 from typing import Any
 
 from nodepool.config import common, rules
 from nodepool.config.problems import Item
-from nodepool.config.records import FakeSettings, MachineSpec, Provider
+from nodepool.config.records import FakeSettings, Interface, MachineSpec, Provider
 from nodepool.config.rules import each, entries, record, table, whole
 
 MACHINE = table(
@@ -45,10 +47,20 @@ def declared(provider: Item) -> Iterator[common.Declared]:
 def build(values: Mapping[str, Any]) -> Provider:
     """The record from what the schema has passed.  Nothing is lost when a fake machine is wiped: they are accepted."""
     of = values["name"]
-    own = tuple(record(MachineSpec, {"accept": True, **entry}, provider=of) for entry in values.get("machines", ()))
-    counted = tuple(MachineSpec(name, of, accept=True) for name in _counted(of, values.get("count", 0)))
+    given = [*values.get("machines", ()), *({"name": name} for name in _counted(of, values.get("count", 0)))]
+    machines = tuple(
+        record(MachineSpec, {"accept": True, **entry}, provider=of, interfaces=(_interface(entry["name"], number),))
+        for number, entry in enumerate(given)
+    )
     settings = record(FakeSettings, {key: values[key] for key in ("delay", "failures") if key in values})
-    return common.provider(values, own + counted, network=values.get("network", ""), fake=settings)
+    return common.provider(values, machines, network=values.get("network", ""), fake=settings)
+
+
+def _interface(name: str, number: int) -> Interface:
+    """A locally administered MAC from the name, an address of the range for benchmarks (RFC 2544, 198.18.0.0/15)."""
+    digest = hashlib.sha256(name.encode()).hexdigest()
+    mac = "02:" + ":".join(digest[i : i + 2] for i in range(0, 10, 2))
+    return Interface(mac, str(ip_address("198.18.0.1") + number))
 
 
 def _counted(provider: str, count: int) -> Iterator[str]:

@@ -19,11 +19,11 @@ from nodepool.config.records import Config
 from nodepool.door import AgentDoor, Lines, Reply
 from nodepool.drivers.metal import JOBS, entry
 from nodepool.drivers.power import DEADLINE, Bmc, BootDevice
-from nodepool.drivers.step import Target
 from nodepool.errors import Code, Permanent, StepError, Temporary
 from nodepool.model import Boot, BootState, Node
+from nodepool.ssh import Target
 
-__all__ = ["JOBS", "World", "entry", "mac_of"]
+__all__ = ["JOBS", "World", "entry"]
 
 DISK_SIZE = 8 * 10**9
 _FAILURES = {
@@ -39,6 +39,7 @@ class FakeMachine:
     """One machine of thin air."""
 
     name: str
+    mac: str = ""
     delay: float = 0.0
     failing: str = ""  # the phase that fails, for ever
     on: bool = False
@@ -69,12 +70,17 @@ class World:
         self._by_boot: dict[int, str] = {}
         self._lock = threading.RLock()
 
+    def meet(self, door: AgentDoor) -> None:
+        """Knock at another door from now on: that of a daemon that was started anew."""
+        self._door = door
+
     def configure(self, config: Config) -> None:
         """Bring the machines in line with the YAML; those that live go on living."""
         with self._lock:
             for provider in config.providers.values():
                 for spec in provider.machines if provider.driver == "fake" else ():
                     machine = self.machines.setdefault(spec.name, FakeMachine(spec.name))
+                    machine.mac = spec.interfaces[0].mac
                     machine.delay = provider.fake.delay
                     machine.failing = provider.fake.failures.get(spec.name, "")
 
@@ -182,7 +188,7 @@ class World:
         self.wake()
 
     def _network_boot(self, machine: FakeMachine) -> None:
-        expected = self._door.expected_boot(mac_of(machine.name))
+        expected = self._door.expected_boot(machine.mac)
         if expected is None:
             self._disk_boot(machine)
             return
@@ -198,7 +204,7 @@ class World:
             "fact.memory": str(8 * 2**30),
             "fact.firmware": "bios",
             "nic.0.name": "eth0",
-            "nic.0.mac": mac_of(machine.name),
+            "nic.0.mac": machine.mac,
             "disk.0.name": "vda",
             "disk.0.size": str(DISK_SIZE),
         }
@@ -248,9 +254,3 @@ class World:
 def _name_in(host_key: str) -> str:
     """The machine that made a fake host key (`ssh-ed25519 AAAAfakeNAME.NUMBER`)."""
     return host_key.rpartition(" ")[2].removeprefix("AAAAfake").rpartition(".")[0]
-
-
-def mac_of(name: str) -> str:
-    """The locally administered MAC of a fake machine."""
-    digest = hashlib.sha256(name.encode()).hexdigest()
-    return "02:" + ":".join(digest[i : i + 2] for i in range(0, 10, 2))

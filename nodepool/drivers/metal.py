@@ -7,10 +7,11 @@ on; a job that finds an agent already waiting starts behind that (`entry`).
 from __future__ import annotations
 
 from nodepool.clock import micros
-from nodepool.drivers.step import Context, Done, Jobs, Outcome, Step, Target, Wait
-from nodepool.errors import Code, Permanent, StepError
+from nodepool.drivers.step import Context, Done, Jobs, Outcome, Step, Wait
+from nodepool.errors import Code, Permanent, Temporary
 from nodepool.model import Boot, BootState, Json, MachineState, NodeState, OperationState
 from nodepool.plan.board import HAND_OVER
+from nodepool.ssh import Target
 
 AGENT_PATIENCE = 180.0  # seconds since an agent was last heard within which it counts as waiting for work
 
@@ -134,7 +135,8 @@ def write_order(ctx: Context) -> dict[str, str]:
 
 def base_url(ctx: Context) -> str:
     """Where the boot listener is, as the machine sees it."""
-    assert ctx.network is not None
+    if ctx.network is None:  # fake machines fetch nothing
+        return "fake:"
     return f"http://{ctx.network.address or ctx.network.gateway}:{ctx.network.port}"
 
 
@@ -177,10 +179,10 @@ def login(ctx: Context) -> Outcome:
     assert ctx.node is not None
     try:
         boot_id = ctx.ports.shell.boot_id(target(ctx))
-    except StepError as error:
-        if isinstance(error, Permanent):
-            raise
-        return Wait(ctx.ports.pace * 2, str(error))
+    except Temporary as error:
+        if error.code is Code.LOGIN_SILENT:  # what is to be expected while a system starts
+            return Wait(ctx.ports.pace * 2, str(error))
+        raise
     if ctx.boot is not None and boot_id == ctx.boot.agent_boot_id:
         raise Permanent("the agent's kernel is still running; the new system was not started", Code.LOGIN_OLD_SYSTEM)
     return Done(node={"os_boot_id": boot_id})

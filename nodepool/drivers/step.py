@@ -15,6 +15,7 @@ from nodepool.config.records import MachineSpec, Network, PoolLabel, Provider
 from nodepool.drivers.power import Bmc, Power
 from nodepool.errors import Code
 from nodepool.model import Boot, Build, Machine, Node, Operation
+from nodepool.ssh import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +44,6 @@ class Wait:
 
 
 Outcome = Done | Wait
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A system to log in to, and the host key it must prove (`ssh-ed25519 AAAA...`)."""
-
-    address: str
-    port: int
-    user: str
-    host_key: str
 
 
 class Shell(Protocol):

@@ -55,11 +55,12 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class Kit:
-    """A driver, wired: its jobs, where they start, and what its steps act on."""
+    """A driver, wired: its jobs, where they start, what the steps of a provider act on, and whether they may block."""
 
     jobs: Jobs
     entry: Entry
-    ports: Ports
+    ports: Callable[[Provider], Ports]
+    blocking: bool = True
 
 
 class Launcher:
@@ -110,9 +111,9 @@ class Launcher:
         return next_at
 
     @property
-    def busy(self) -> int:
-        """How many steps are running."""
-        return len(self._running)
+    def sentence(self) -> str:
+        """What it is at."""
+        return f"{len(self._signs)} machines at work, {len(self._running)} steps running"
 
     def _fold(self) -> None:
         changes, whole = self._feed.drain()
@@ -225,7 +226,10 @@ class Launcher:
             self._results.append((machine_id, item, result))
             self.wake()
 
-        self._executor.submit(lambda: steps.run(step, context), then)
+        if self._kits[item.provider.driver].blocking:
+            self._executor.submit(lambda: steps.run(step, context), then)
+        else:
+            then(steps.run(step, context))
 
     def _item(self, machine: Machine) -> Item | None:
         job = self._board.job_of(machine)
@@ -255,7 +259,7 @@ class Launcher:
             machine=item.machine,
             spec=spec,
             provider=item.provider,
-            ports=self._kits[item.provider.driver].ports,
+            ports=self._kits[item.provider.driver].ports(item.provider),
             bmc=_bmc(config, spec.bmc or f"fake://{spec.name}", spec.credentials),
             operation=item.operation,
             node=node,

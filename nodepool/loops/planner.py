@@ -18,7 +18,6 @@ log = logging.getLogger("nodepool.planner")
 
 RESYNC = 600.0  # seconds between two readings of everything: what folding may have missed is seen by then
 ROUNDS = 10  # plans in a row that one pass makes before it lets others write
-GAUGES = 10.0  # seconds between two reports of the gauges
 
 
 class Planner:
@@ -55,11 +54,11 @@ class Planner:
             log.warning("%s; trying again, nothing is lost", error)
             self._feed.lose()
             return now + SECOND
-        if now >= self._gauges_at:
+        if self._metrics.gauges_every and now >= self._gauges_at:
             pools = [p for provider in self._catalog().config.providers.values() for p in provider.pools]
             limits = [(p.provider, pool_limit(p)) for p in pools]
             self._metrics.nodes(self._snapshot.counts, limits)
-            self._gauges_at = now + micros(GAUGES)
+            self._gauges_at = now + micros(self._metrics.gauges_every)
         return min(when for when in (self._think_at, self._gauges_at, self._resync_at) if when)
 
     def _work(self, now: int) -> None:

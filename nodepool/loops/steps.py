@@ -7,6 +7,7 @@ being built, taken down or handed over, the machine otherwise.
 
 from __future__ import annotations
 
+import logging
 import random
 import secrets
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ from nodepool.plan.board import HAND_OVER
 from nodepool.service import requests
 from nodepool.service.moves import move, note
 from nodepool.store import Tx
+
+log = logging.getLogger("nodepool.launcher")
 
 RETRY = Backoff(first=5, limit=300)
 _OPEN = frozenset({OperationState.PENDING, OperationState.RUNNING})
@@ -294,5 +297,6 @@ def run(step: Step, ctx: Context) -> Done | Wait | StepError | dict[str, str]:
         return step.run(ctx)
     except StepError as error:
         return error
-    except Exception as error:  # noqa: BLE001 - a defect of a step must not stop the pool
+    except Exception as error:
+        log.exception("step %s of %s", step.name, ctx.machine.name)
         return Temporary(f"unexpected {type(error).__name__}: {error}", Code.UNEXPECTED, delay=30)

@@ -67,7 +67,7 @@ class Store:
         self.engine = engine
         self.clock = clock
         self.wake: list[Callable[[], None]] = []  # called after each commit that changed something; they take no data
-        self._path = path
+        self.path = path
         self._inode = _inode(path)
         self._lock = threading.RLock()
         self._feeds: list[Feed] = []
@@ -119,12 +119,12 @@ class Store:
 
     @contextmanager
     def _connect(self, *, writing: bool) -> Iterator[Connection]:
-        if self._path is not None and _inode(self._path) != self._inode:
+        if self.path is not None and _inode(self.path) != self._inode:
             raise StoreUnavailable(
-                f"the database file {self._path} was removed or replaced while in use; put it back or restart"
+                f"the database file {self.path} was removed or replaced while in use; put it back or restart"
             )
         with self.engine.connect() as connection:
-            if self._path is not None:
+            if self.path is not None:
                 connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
             yield connection
 

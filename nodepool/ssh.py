@@ -1,0 +1,108 @@
+"""Logging in to nodes: over a connection that has proven the host key that is expected, or not at all (RFC 4253, 8)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nodepool.errors import Code, ConfigError, Temporary
+
+T = TypeVar("T")
+
+CONNECT = 5.0  # seconds for TCP and the banner
+LOGIN = 15.0  # seconds for the whole of connect, login and command: emulated machines are slow at it
+AGAIN = 3.0  # seconds until the next look
+
+# One key per line on standard input; a key that is there already is not added again.
+_ADD_KEYS = (
+    "umask 077; mkdir -p .ssh && touch .ssh/authorized_keys && while IFS= read -r key; do "
+    'grep -qxF -- "$key" .ssh/authorized_keys || printf "%s\\n" "$key" >> .ssh/authorized_keys; done'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A system to log in to, and the host key it must prove (`ssh-ed25519 AAAA...`)."""
+
+    address: str
+    port: int
+    user: str
+    host_key: str
+
+
+class SshShell:
+    """Logs in with one private key; each call is one connection.  Raises Temporary with the code of what went wrong."""
+
+    def __init__(self, key: Path) -> None:
+        self._key = key
+
+    def boot_id(self, target: Target) -> str:
+        """Read the kernel's boot id: it differs from boot to boot (proc(5), /proc/sys/kernel/random/boot_id)."""
+        return _wait_for(self._run(target, "cat /proc/sys/kernel/random/boot_id", "")).strip()
+
+    def authorize(self, target: Target, keys: tuple[str, ...]) -> None:
+        """Add public keys to those that may log in."""
+        _wait_for(self._run(target, _ADD_KEYS, "".join(f"{key}\n" for key in keys)))
+
+    async def _run(self, target: Target, command: str, stdin: str) -> str:
+        import asyncssh
+
+        where = f"{target.user}@{target.address}"
+        try:
+            trusted = asyncssh.import_public_key(target.host_key)
+            async with (
+                asyncio.timeout(LOGIN),
+                asyncssh.connect(
+                    target.address,
+                    target.port,
+                    username=target.user,
+                    client_keys=[str(self._key)],
+                    known_hosts=([trusted], [], []),
+                    connect_timeout=CONNECT,
+                    agent_path=None,
+                    config=None,
+                ) as connection,
+            ):
+                done = await connection.run(command, input=stdin, check=True)
+                return str(done.stdout)
+        except asyncssh.HostKeyNotVerifiable as error:
+            raise Temporary(
+                f"another system than the one just installed answers on {target.address}", Code.LOGIN_HOST_KEY, AGAIN
+            ) from error
+        except asyncssh.PermissionDenied as error:
+            raise Temporary(f"{where} does not let nodepool's key in", Code.LOGIN_AUTH, AGAIN) from error
+        except asyncssh.ProcessError as error:
+            said = str(error.stderr or "").strip()
+            raise Temporary(f"{where}: {said or 'the command failed'}", Code.LOGIN_AUTH, AGAIN) from error
+        except (OSError, TimeoutError, asyncssh.Error) as error:
+            raise Temporary(f"no SSH on {target.address} yet", Code.LOGIN_SILENT, AGAIN) from error
+
+
+def _wait_for(work: Coroutine[Any, Any, T]) -> T:
+    """Run to the end in this thread; steps run in worker threads, which have no loop of their own."""
+    return asyncio.run(work)
+
+
+def ensure_key(path: Path) -> str:
+    """Make an Ed25519 private key at `path` (mode 0600) when there is none; gives the public key as one line.
+
+    Raises ConfigError when the file there cannot be used.
+    """
+    import asyncssh
+
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        key = asyncssh.generate_private_key("ssh-ed25519", comment="nodepool")
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(key.export_private_key("openssh"))
+    try:
+        found = asyncssh.read_private_key(path)
+    except (OSError, asyncssh.KeyImportError, asyncssh.KeyEncryptionError) as error:
+        raise ConfigError((f"the SSH key {path} cannot be used: {error}",)) from error
+    public = found.export_public_key("openssh").decode().split()
+    return f"{public[0]} {public[1]} nodepool"
