@@ -145,24 +145,33 @@ TABLES: Mapping[str, Mapping[tuple[StrEnum, StrEnum], StrEnum]] = {
     "build": BUILD,
 }
 
-# Every working state and the event that ends it when its time is up (attempts spent, no progress before the deadline).
-WAY_OUT: Mapping[StrEnum, StrEnum] = {
-    N.BUILDING: NodeEvent.FAIL,
-    N.DELETING: MachineEvent.BREAK,  # of its machine; the node is gone as soon as an agent is up there again
-    M.INSPECTING: MachineEvent.BREAK,
-    M.CLEANING: MachineEvent.BREAK,
-    M.BROKEN: MachineEvent.INSPECT,
-    R.PENDING: RequestEvent.RETURN,
-    B.BUILDING: BuildEvent.FAIL,
-    B.TESTING: BuildEvent.FAIL,
+# By kind: every working state, and the event that ends it when its time is up (attempts spent, no progress before the
+# deadline).  Kinds are kept apart because states of different kinds share their words, and compare as words.
+WAY_OUT: Mapping[str, Mapping[StrEnum, StrEnum]] = {
+    # a node that cannot be deleted breaks its machine, and is gone as soon as an agent is up there again
+    "node": {N.BUILDING: NodeEvent.FAIL, N.DELETING: MachineEvent.BREAK},
+    "machine": {
+        M.INSPECTING: MachineEvent.BREAK,
+        M.CLEANING: MachineEvent.BREAK,
+        M.BROKEN: MachineEvent.INSPECT,
+    },
+    "request": {R.PENDING: RequestEvent.RETURN},
+    "build": {B.BUILDING: BuildEvent.FAIL, B.TESTING: BuildEvent.FAIL},
 }
 
 # States that end only by a decision of people or of the planner.
-WAITING = frozenset(
-    {N.READY, N.IN_USE, N.USED, N.HOLD, N.FAILED, M.ENROLLED, M.INSPECTED, M.AVAILABLE, M.OCCUPIED}
-    | {R.REQUESTED, R.FULFILLED, B.REQUESTED, B.READY, B.DELETING}
-)
-FINAL = frozenset({N.DELETED, R.RELEASED, R.EXPIRED, R.FAILED, R.CANCELLED, B.FAILED, B.CANCELLED, B.DELETED})
+WAITING: Mapping[str, frozenset[StrEnum]] = {
+    "node": frozenset({N.READY, N.IN_USE, N.USED, N.HOLD, N.FAILED}),
+    "machine": frozenset({M.ENROLLED, M.INSPECTED, M.AVAILABLE, M.OCCUPIED}),
+    "request": frozenset({R.REQUESTED, R.FULFILLED}),
+    "build": frozenset({B.REQUESTED, B.READY, B.DELETING}),
+}
+FINAL: Mapping[str, frozenset[StrEnum]] = {
+    "node": frozenset({N.DELETED}),
+    "machine": frozenset(),
+    "request": frozenset({R.RELEASED, R.EXPIRED, R.FAILED, R.CANCELLED}),
+    "build": frozenset({B.FAILED, B.CANCELLED, B.DELETED}),
+}
 
 Living = TypeVar("Living", Node, Machine, Request, Build)
 

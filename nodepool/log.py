@@ -21,7 +21,7 @@ class _Utc(logging.Formatter):
 
 
 def configure(file: Path | None, *, debug: bool = False, target: Path | None = None) -> None:
-    """Log as the configuration `file` says (YAML or JSON for dictConfig, or INI for fileConfig), else to stdout or `target`.
+    """Log as `file` says (YAML or JSON for dictConfig, or INI for fileConfig), else to stdout or the file `target`.
 
     Raises OSError or ValueError when the file cannot be used.
     """

@@ -9,7 +9,6 @@ from typing import Protocol
 import statsd
 
 from nodepool.clock import SECOND
-from nodepool.config.records import Statsd
 from nodepool.model import Node, NodeState
 
 Counts = Counter[tuple[str, str, str, NodeState]]  # provider, pool, label, state -> nodes
@@ -56,9 +55,9 @@ class StatsdMetrics:
     dib_image_build.I.FORMAT.size, .status.rc, timer .status.duration.
     """
 
-    def __init__(self, address: Statsd) -> None:
+    def __init__(self, host: str, port: int, prefix: str) -> None:
         self.gauges_every = 10.0
-        self._client = statsd.StatsClient(address.host, address.port, prefix=address.prefix or None)
+        self._client = statsd.StatsClient(host, port, prefix=prefix or None)
         self._known: set[str] = set()  # gauges that were told: they must be told when they are down to 0
 
     def launch(self, node: Node) -> None:
@@ -101,8 +100,3 @@ class StatsdMetrics:
 def _word(name: str) -> str:
     """A name as one part of a metric's path."""
     return name.replace(".", "_").replace(":", "_").replace(" ", "_")
-
-
-def metrics(address: Statsd | None) -> Metrics:
-    """Metrics to `address`, or to nobody."""
-    return StatsdMetrics(address) if address else NoMetrics()

@@ -18,14 +18,14 @@ from nodepool.clock import SECOND, Clock
 from nodepool.cmd.wiring import Current, Daemon, Parts, revive
 from nodepool.config import ConfigFile
 from nodepool.config.records import Config, DiskImage, Provider
-from nodepool.coord.local import LocalReferee, file_lock, server_lock
+from nodepool.coord.local import LocalReferee, Lock, file_lock, server_lock
 from nodepool.drivers import fake, metal
 from nodepool.drivers.power import open_power
 from nodepool.drivers.step import Ports
 from nodepool.image.make import ImagePaths, make_image
 from nodepool.loops.launcher import Kit
 from nodepool.loops.running import Loop, LoopThread, ThreadedExecutor
-from nodepool.metrics import metrics
+from nodepool.metrics import NoMetrics, StatsdMetrics
 from nodepool.service.agents import Desk
 from nodepool.service.images import Made
 from nodepool.ssh import SshShell, ensure_key
@@ -68,7 +68,7 @@ class Service:
         self._started = clock.now()
         self._current = Current(config)
         self._store = open_store(config.database, clock)
-        self._referee = LocalReferee(self._store, self._lock(config))
+        self._referee = LocalReferee(self._store, self._lock())
         self._office = self._referee.take_office()
         self._desk = Desk(self._store, self._current)
         self._world = fake.World(self._desk, clock)
@@ -82,7 +82,9 @@ class Service:
             "metal": Kit(metal.JOBS, metal.entry, self._metal_ports),
             "fake": Kit(fake.JOBS, fake.entry, self._fake_ports, blocking=False),
         }
-        parts = Parts(kits, make, self._steps, self._builds, metrics(config.statsd))
+        to = config.statsd
+        metrics = StatsdMetrics(to.host, to.port, to.prefix) if to else NoMetrics()
+        parts = Parts(kits, make, self._steps, self._builds, metrics)
         others: dict[str, Loop] = {
             "world": self._world,
             "network": self._network,
@@ -141,7 +143,7 @@ class Service:
         self.lost_office = True
         self._on_fatal()
 
-    def _lock(self, config: Config) -> Any:
+    def _lock(self) -> Lock:
         path = self._store.path
         return server_lock(self._store.engine) if path is None else file_lock(path.with_name(path.name + ".lock"))
 

@@ -131,7 +131,7 @@ class Snapshot:
         if old is not None and old.version > request.version:
             return
         self.requests.pop(request.id, None)
-        if request.state not in FINAL:
+        if request.state not in FINAL["request"]:
             self.requests[request.id] = request
 
     def _fold_build(self, build: Build) -> None:
@@ -139,11 +139,11 @@ class Snapshot:
         if old is not None and old.version > build.version:
             return
         self.builds.pop(build.id, None)
-        if build.state is BuildState.READY:
+        if build.finished_at and build.sha256:
             self.image_trouble.setdefault(build.image, Trouble()).succeeded(build.finished_at)
         if build.state is BuildState.FAILED:
             self.image_trouble.setdefault(build.image, Trouble()).failed(build.id, build.finished_at)
-        if build.state not in FINAL:
+        if build.state not in FINAL["build"]:
             self.builds[build.id] = build
 
     def builds_of(self, image: str) -> list[Build]:

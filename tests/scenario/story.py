@@ -1,4 +1,4 @@
-"""The whole daemon in one thread: real store, real loops, fake machines, a clock that moves from due time to due time."""
+"""The whole daemon in one thread: real store, real loops, fake machines, a clock that moves to what is due next."""
 
 import hashlib
 import textwrap

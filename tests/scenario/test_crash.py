@@ -61,7 +61,9 @@ def end_of(story, wants):
         "ready": len(story.nodes("ready")),
         "markers": [machine.marker for machine in story.world.machines.values()],
         "broken": [machine.name for machine in story.all(Machine) if machine.failure or machine.strikes],
-        "in hand": len([o for o in story.all(Operation) if o.state in {OperationState.PENDING, OperationState.RUNNING}]),
+        "in hand": len(
+            [o for o in story.all(Operation) if o.state in {OperationState.PENDING, OperationState.RUNNING}]
+        ),
     }
 
 

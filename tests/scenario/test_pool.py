@@ -1,5 +1,7 @@
 """The life of a pool, as stories."""
 
+from itertools import pairwise
+
 from nodepool.model import Machine, NodeState
 
 
@@ -81,7 +83,9 @@ def test_the_pool_never_has_more_nodes_than_max_servers(tell):
     story = tell(machines=5, min_ready=2, max_servers=3)
     wants = story.request(3)
     most = []
-    story.run(lambda: most.append(len(story.nodes("building", "ready", "in-use"))) or story.state_of(wants) == "fulfilled")
+    story.run(
+        lambda: most.append(len(story.nodes("building", "ready", "in-use"))) or story.state_of(wants) == "fulfilled"
+    )
     story.run(limit=120)
     assert max(most) == 3
     assert "pool lab/main has all of its 3 servers in use" in story.daemon.planner.reasons["small"]
@@ -139,7 +143,7 @@ def test_an_image_that_cannot_be_built_is_tried_again_less_and_less_often(tell):
     story.broken_images.add("debian")
     story.run(limit=3600)
     failed = sorted(build.created_at for build in story.builds("failed"))
-    gaps = [later - earlier for earlier, later in zip(failed, failed[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(failed)]
     assert 3 <= len(failed) < 10
     assert gaps == sorted(gaps)
     assert "image debian is not built yet" in story.daemon.planner.reasons["small"]
