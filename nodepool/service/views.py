@@ -1,0 +1,385 @@
+"""What people and programs are shown of the rows: JSON-ready dicts, made within one transaction.
+
+Times are RFC 3339 with Z (null: never), durations seconds, ids strings (null: none).  `at` is a sentence for people on
+what is being done; `trouble` (null: none) says what failed in which phase, with the code, whose fault it is, and what
+happens next.  Lists are pages: `items`, and in `next` the cursor of the following page (null: this was the last).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from sqlalchemy import ColumnElement, func, select
+
+from nodepool.clock import rfc3339, seconds_between
+from nodepool.errors import Code, NotFound
+from nodepool.model import (
+    Event,
+    Machine,
+    MachineState,
+    Node,
+    NodeState,
+    Operation,
+    OperationState,
+    Request,
+    RequestNode,
+    RequestState,
+    Work,
+)
+from nodepool.plan import Catalog
+from nodepool.service import timeline
+from nodepool.store import Tx
+from nodepool.store import tables as t
+
+View = dict[str, Any]
+Where = Sequence[ColumnElement[bool]]
+T = TypeVar("T")
+
+LIVES_SHOWN = 20  # newest lives of a machine that its view has
+_WORKING = [str(NodeState.BUILDING), str(NodeState.DELETING)]
+_OPEN_REQUESTS = [str(RequestState.REQUESTED), str(RequestState.PENDING), str(RequestState.FULFILLED)]
+_OPEN_OPERATIONS = frozenset({OperationState.PENDING, OperationState.RUNNING})
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Which part of a list is wanted: what follows `cursor` (0: from its beginning), at most `limit` items."""
+
+    cursor: int = 0
+    limit: int = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFilter:
+    """Which nodes are wanted; "" is any, but of nodes that are gone only those are listed that are asked for."""
+
+    label: str = ""
+    state: str = ""
+    provider: str = ""
+
+
+def page(records: Sequence[T], limit: int, view: Callable[[T], View]) -> View:
+    """A page of at most `limit` of the records; one more of them means that there is another page."""
+    items = [view(record) for record in records[:limit]]
+    return {"items": items, "next": items[-1]["id"] if len(records) > limit else None}
+
+
+def when(time: int) -> str | None:
+    """A point in time; null when it has not come."""
+    return rfc3339(time) if time else None
+
+
+def span(seconds: float) -> str:
+    """A duration for people: `12 s`, `5 min`, `3 h`, `2 d`."""
+    for limit, unit, name in ((120.0, 1, "s"), (7200.0, 60, "min"), (172800.0, 3600, "h")):
+        if seconds < limit:
+            return f"{max(0.0, seconds) / unit:.0f} {name}"
+    return f"{seconds / 86400:.0f} d"
+
+
+def at(work: Work, operation: Operation | None = None) -> str:
+    """What a row that is worked on is at: its step, how far it is, what it waits for."""
+    if not work.step:
+        return work.waiting
+    doing = work.step
+    if operation is not None and operation.kind == work.step and operation.state in _OPEN_OPERATIONS:
+        if operation.total:
+            doing += f" {100 * operation.done // operation.total}%"
+        if operation.phase_now and operation.phase_now != work.step:
+            doing += f" ({operation.phase_now})"
+    if doing == work.step and work.waiting:
+        doing += f": {work.waiting}"
+    return doing + (f" [attempt {work.attempt}]" if work.attempt > 1 else "")
+
+
+def trouble(phase: str, reason: str, code: str, following: str) -> View:
+    """A failure, plainly; `code` says whose fault it is."""
+    fault = str(Code(code).fault) if code in set(Code) else ""
+    return {"phase": phase, "reason": reason, "code": code, "fault": fault, "next": following}
+
+
+def _work_trouble(work: Work, operations: Sequence[Operation], tries: int, now: int) -> View | None:
+    """What went wrong lately in a job that still goes on."""
+    if not work.error:
+        return None
+    phase, reason = work.step, work.error
+    last = next((op for op in reversed(operations) if op.state is OperationState.FAILED), None)
+    if last is not None and last.error and work.error.endswith(last.error):
+        phase, reason = last.kind, last.error
+    ahead = seconds_between(now, work.next_at)
+    following = f"attempt {work.attempt} of {tries} " + (
+        f"goes on in {span(ahead)}" if ahead > 0 else f"is under way, at {work.step or 'its start'}"
+    )
+    return trouble(phase, reason, work.code, following)
+
+
+# Nodes
+
+
+def node(record: Node, now: int, operation: Operation | None = None, *, detail: bool = True) -> View:
+    """A node; without `detail` what a list shows."""
+    view = {
+        "id": str(record.id),
+        "label": record.label,
+        "provider": record.provider,
+        "pool": record.pool,
+        "machine": record.machine,
+        "address": record.address,
+        "state": str(record.state),
+        "since": when(record.since),
+        "age": round(seconds_between(record.since, now), 3),
+        "locked": record.state != NodeState.READY or record.request_id is not None,
+        "at": at(record.work, operation),
+    }
+    if detail:
+        view |= {
+            "image": record.image,
+            "build_id": record.build_id,
+            "config_generation": record.config_generation,
+            "created_at": when(record.created_at),
+            "ready_at": when(record.ready_at),
+            "hostname": record.hostname,
+            "port": record.port,
+            "username": record.username,
+            "host_key": record.host_key,
+            "request_id": _id(record.request_id),
+            "comment": record.comment,
+        }
+    return view
+
+
+def _id(number: int | None) -> str | None:
+    return None if number is None else str(number)
+
+
+def nodes(tx: Tx, wanted: NodeFilter, part: Page, *, detail: bool = False) -> View:
+    """A page of nodes by id, those that are gone left out unless they are asked for."""
+    c = t.nodes.c
+    where: list[ColumnElement[bool]] = [c.id > part.cursor]
+    where.append(c.state == wanted.state if wanted.state else c.state != str(NodeState.DELETED))
+    if wanted.label:
+        where.append(c.label == wanted.label)
+    if wanted.provider:
+        where.append(c.provider == wanted.provider)
+    found = tx.select(Node, *where, limit=part.limit + 1)
+    running = operations_of_nodes(tx) if any(record.state in _WORKING for record in found) else {}
+    return page(found, part.limit, lambda n: node(n, tx.now, running.get(n.id), detail=detail))
+
+
+def operations_of_nodes(tx: Tx) -> dict[int, Operation]:
+    """The newest operation of each node that is built or taken down, by node."""
+    c = t.operations.c
+    working = select(t.nodes.c.id).where(t.nodes.c.state.in_(_WORKING))
+    newest = select(func.max(c.id)).where(c.node_id.in_(working)).group_by(c.node_id)
+    return {op.node_id: op for op in tx.select(Operation, c.id.in_(newest)) if op.node_id is not None}
+
+
+def node_in_full(tx: Tx, catalog: Catalog, record: Node) -> View:
+    """A node with its trouble and its timeline."""
+    operations = tx.select(Operation, t.operations.c.node_id == record.id)
+    events = tx.select(Event, t.events.c.node_id == record.id, t.events.c.subject_kind == "node")
+    gone = record.since if record.state is NodeState.DELETED else tx.now
+    ready = seconds_between(record.created_at, record.ready_at) if record.ready_at else None
+    return node(record, tx.now, operations[-1] if operations else None) | {
+        "trouble": _node_trouble(catalog, record, operations, tx.now),
+        "timeline": timeline.of_node(record, events, operations, tx.now),
+        "ready_seconds": ready,
+        "total_seconds": round(seconds_between(record.created_at, gone), 3),
+    }
+
+
+def _node_trouble(catalog: Catalog, record: Node, operations: Sequence[Operation], now: int) -> View | None:
+    if record.failure:
+        following = {
+            NodeState.FAILED: "the node is taken down next, and another one is built where it is wanted",
+            NodeState.HOLD: "nothing: it is held for somebody to look at",
+            NodeState.DELETING: f"it is being taken down: {at(record.work) or 'see its machine'}",
+        }.get(record.state, "nothing: the node is gone")
+        return trouble(record.failure_phase, record.failure, record.failure_code, following)
+    provider = catalog.provider(record.provider)
+    return _work_trouble(record.work, operations, provider.launch_retries if provider else 1, now)
+
+
+# Machines
+
+
+def machine(catalog: Catalog, record: Machine, doing: str, now: int) -> View:
+    """A machine as a list shows it; `doing` is what its job is at."""
+    spec, pool = catalog.machines.get(record.name), catalog.pool_of.get(record.name)
+    return {
+        "id": str(record.id),
+        "name": record.name,
+        "provider": record.provider,
+        "pool": pool.name if pool else "",
+        "rack": spec.rack if spec else "",
+        "state": str(record.state),
+        "since": when(record.since),
+        "age": round(seconds_between(record.since, now), 3),
+        "power": record.power_observed,
+        "power_wanted": record.power_wanted,
+        "power_seen_at": when(record.power_seen_at),
+        "accepted": record.accepted,
+        "maintenance": record.maintenance,
+        "maintenance_by": record.maintenance_by,
+        "retired": record.retired,
+        "strikes": record.strikes,
+        "node_id": _id(record.node_id),
+        "at": doing,
+        "trouble": _machine_trouble(catalog, record, (), now),
+    }
+
+
+def machines(tx: Tx, catalog: Catalog) -> View:
+    """All machines, by name."""
+    c = t.operations.c
+    working = select(t.machines.c.id).where(t.machines.c.step != "")
+    newest = select(func.max(c.id)).where(c.machine_id.in_(working)).group_by(c.machine_id)
+    operations = {op.machine_id: op for op in tx.select(Operation, c.id.in_(newest))}
+    living = {found.id: found for found in tx.select(Node, t.nodes.c.state != str(NodeState.DELETED))}
+    of_nodes = operations_of_nodes(tx)
+    items = []
+    for record in tx.select(Machine, order=t.machines.c.name):
+        life = living.get(record.node_id or 0)
+        operation = of_nodes.get(life.id) if life else operations.get(record.id)
+        items.append(machine(catalog, record, _machine_at(record, life, operation), tx.now))
+    return {"items": items, "next": None}
+
+
+def _machine_at(record: Machine, life: Node | None, operation: Operation | None) -> str:
+    if record.maintenance:
+        return f"in maintenance: {record.maintenance} ({record.maintenance_by or 'nobody'})"
+    if record.state is MachineState.OCCUPIED and life is not None:
+        doing = at(life.work, operation)
+        return f"node {life.id} is {life.state}" + (f", at {doing}" if doing else "")
+    if record.state is MachineState.INSPECTED and not record.accepted:
+        return "waits to be accepted (accept: true in the YAML); until then nothing is written to its disks"
+    if record.retired and record.state is MachineState.AVAILABLE:
+        return "retired: the YAML does not have it any more"
+    return at(record.work, operation)
+
+
+def _machine_trouble(catalog: Catalog, record: Machine, operations: Sequence[Operation], now: int) -> View | None:
+    if record.state is MachineState.BROKEN:
+        ahead = seconds_between(now, record.work.next_at)
+        soon = f"in {span(ahead)} ({rfc3339(record.work.next_at)})" if ahead > 0 else "soon"
+        following = f"it is inspected again {soon}; at once with: nodepool machine-inspect {record.name}"
+        return trouble(record.failure_phase, record.failure, record.failure_code, following)
+    provider = catalog.provider(record.provider)
+    return _work_trouble(record.work, operations, provider.launch_retries if provider else 1, now)
+
+
+def machine_in_full(tx: Tx, catalog: Catalog, name: str) -> View:
+    """A machine with its facts, its trouble, the steps of its current or last job, and its newest lives."""
+    record = machine_named(tx, name)
+    c = t.operations.c
+    operations = tx.select(Operation, c.machine_id == record.id, order=c.id.desc(), limit=100)[::-1]
+    lives = tx.select(Node, t.nodes.c.machine_id == record.id, order=t.nodes.c.id.desc(), limit=LIVES_SHOWN)
+    life = next((found for found in lives if found.id == record.node_id), None)
+    doing = _machine_at(record, life, operations[-1] if operations else None)
+    spec = catalog.machines.get(name)
+    return machine(catalog, record, doing, tx.now) | {
+        "enrolled_at": when(record.enrolled_at),
+        "origin": record.origin,
+        "bmc": spec.bmc if spec else "",
+        "interfaces": [{"mac": nic.mac, "ip": nic.ip} for nic in spec.interfaces] if spec else [],
+        "facts": dict(record.facts),
+        "trouble": _machine_trouble(catalog, record, operations, tx.now),
+        "timeline": timeline.of_job(operations, tx.now),
+        "lives": [_life(found, tx.now) for found in lives],
+    }
+
+
+def machine_named(tx: Tx, name: str) -> Machine:
+    """The machine of this name; raises NotFound."""
+    found = tx.select(Machine, t.machines.c.name == name)
+    if not found:
+        raise NotFound(f"there is no machine {name}; nodepool machine-list shows them")
+    return found[0]
+
+
+def _life(record: Node, now: int) -> View:
+    end = record.since if record.state is NodeState.DELETED else now
+    ready = seconds_between(record.created_at, record.ready_at) if record.ready_at else None
+    return {
+        "id": str(record.id),
+        "label": record.label,
+        "state": str(record.state),
+        "created_at": when(record.created_at),
+        "ready_seconds": ready,
+        "total_seconds": round(seconds_between(record.created_at, end), 3),
+        "failure": record.failure,
+    }
+
+
+# Requests
+
+
+def request(record: Request, given: Sequence[View], waiting_for: Sequence[str], now: int) -> View:
+    """A request, the nodes promised or given to it, and why it has to wait."""
+    return {
+        "id": str(record.id),
+        "state": str(record.state),
+        "since": when(record.since),
+        "age": round(seconds_between(record.since, now), 3),
+        "created_at": when(record.created_at),
+        "priority": record.priority,
+        "requestor": record.requestor,
+        "tenant": record.tenant,
+        "client_token": record.client_token,
+        "wanted": [{"label": want.label, "count": want.count} for want in record.wanted],
+        "ssh_keys": len(record.ssh_keys),
+        "nodes": list(given),
+        "waiting_for": list(waiting_for),
+        "error": record.work.error,
+    }
+
+
+def requests(tx: Tx, state: str, part: Page, why: Callable[[Request], Sequence[str]]) -> View:
+    """A page of requests by id: those in `state`, or ("") those that are not over."""
+    c = t.requests.c
+    states = [state] if state else _OPEN_REQUESTS
+    found = tx.select(Request, c.state.in_(states), c.id > part.cursor, limit=part.limit + 1)
+    given: dict[int, list[View]] = {}
+    inside = select(c.id).where(c.state.in_(states))
+    r = t.request_nodes.c
+    for row in tx.select(RequestNode, r.request_id.in_(inside), order=r.position):
+        given.setdefault(row.request_id, []).append({"id": str(row.node_id), "label": row.label})
+    return page(found, part.limit, lambda item: request(item, given.get(item.id, []), why(item), tx.now))
+
+
+def request_in_full(tx: Tx, record: Request, given: Sequence[Node], waiting_for: Sequence[str]) -> View:
+    """A request with its nodes as one logs in to them."""
+    return request(record, [node(found, tx.now) for found in given], waiting_for, tx.now)
+
+
+# Events
+
+
+def event(record: Event) -> View:
+    """Something that happened."""
+    return {
+        "id": str(record.id),
+        "time": when(record.time),
+        "type": record.type,
+        "subject": f"{record.subject_kind}:{record.subject_id}",
+        "message": record.message,
+        "code": record.code,
+        "actor": record.actor,
+        "from": record.from_state,
+        "to": record.to_state,
+        "machine_id": _id(record.machine_id),
+        "node_id": _id(record.node_id),
+        "request_id": _id(record.request_id),
+        "data": dict(record.data),
+    }
+
+
+def events(tx: Tx, subject: tuple[str, str] | None, part: Page) -> View:
+    """A page of events, newest first; `subject` is a kind (node, machine, request, build) and an id or a name."""
+    c = t.events.c
+    where: list[ColumnElement[bool]] = [c.id < part.cursor] if part.cursor else []
+    if subject is not None:
+        where += [c.subject_kind == subject[0], c.subject_id == subject[1]]
+    return page(tx.select(Event, *where, order=c.id.desc(), limit=part.limit + 1), part.limit, event)
