@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -31,6 +31,15 @@ class Reply:
         return self.status == 200 and "wait" in self.lines
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What an agent says, and from which address."""
+
+    verb: str  # hello or poll
+    lines: Lines
+    peer: str
+
+
 class AgentDoor(Protocol):
     """Implemented by `service.agents.Desk`; every method may block on the database and is safe to call from threads."""
 
@@ -44,6 +53,10 @@ class AgentDoor(Protocol):
 
     def poll(self, lines: Lines, peer: str) -> Reply:
         """An agent reports, and asks what to do."""
+        ...
+
+    def together(self, calls: Sequence[Call]) -> list[Reply]:
+        """Several calls at the price of one; each is answered as if it had come alone."""
         ...
 
     def may_fetch(self, path: str, peer: str) -> bool:

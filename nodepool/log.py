@@ -15,7 +15,7 @@ FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 class _Utc(logging.Formatter):
     """RFC 3339 times in UTC, as everywhere else."""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
 

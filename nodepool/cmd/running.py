@@ -6,7 +6,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,11 @@ from nodepool.coord.local import LocalReferee, Lock, file_lock, server_lock
 from nodepool.drivers import fake, metal
 from nodepool.drivers.power import open_power
 from nodepool.drivers.step import Ports
-from nodepool.image.make import ImagePaths, make_image
+from nodepool.image.make import ImagePaths, ImageResult, make_image
 from nodepool.loops.launcher import Kit
 from nodepool.loops.running import Loop, LoopThread, ThreadedExecutor
 from nodepool.metrics import NoMetrics, StatsdMetrics
 from nodepool.service.agents import Desk
-from nodepool.service.images import Made
 from nodepool.ssh import SshShell, ensure_key
 from nodepool.store import open_store
 
@@ -77,7 +76,7 @@ class Service:
         self._power = open_power(lambda: not self.lost_office)
         self._steps = ThreadedExecutor(config.launch_workers, "step")
         self._builds = ThreadedExecutor(1, "build")
-        self._network = NetworkBoot(lambda: self._file.current, self._desk, clock)
+        self._network = NetworkBoot(lambda: self._file.current, self._desk, config.socket.parent / "boot", clock)
         kits = {
             "metal": Kit(metal.JOBS, metal.entry, self._metal_ports),
             "fake": Kit(fake.JOBS, fake.entry, self._fake_ports, blocking=False),
@@ -176,9 +175,8 @@ def make(
     config: Config,
     progress: Callable[[str, float | None], None],
     cancelled: threading.Event,
-) -> Made:
+) -> ImageResult:
     """Build an image by diskimage-builder (loops.builder.Make)."""
-    paths = ImagePaths.of(config)
-    made = make_image(image, build_id, paths, progress, cancelled)
-    files: Mapping[str, Path] = made.files
-    return Made(files, made.size, made.sha256, made.seconds, made.log)
+    logs = config.build_log_dir or config.images_dir / "logs"
+    paths = ImagePaths(config.images_dir, logs, config.elements_dir, config.build_log_retention)
+    return make_image(image, build_id, paths, progress, cancelled)

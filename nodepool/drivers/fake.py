@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from nodepool.clock import Clock, micros
 from nodepool.config.records import Config
-from nodepool.door import AgentDoor, Lines, Reply
+from nodepool.door import AgentDoor, Call, Lines, Reply
 from nodepool.drivers.metal import JOBS, entry
 from nodepool.drivers.power import DEADLINE, Bmc, BootDevice
 from nodepool.errors import Code, Permanent, StepError, Temporary
@@ -54,6 +54,11 @@ class FakeMachine:
     marker: str = ""  # what the last user left on the disk
 
 
+Said = tuple[Call, "Hearing"]  # what a machine says at the door, and what it does with the answer
+Happening = Callable[[FakeMachine], Said | None]
+Hearing = Callable[[FakeMachine, Reply], Said | None]
+
+
 class World:
     """The fake machines: behind the ports `Power` and `Shell` on this side, agents at the door on the other.
 
@@ -65,7 +70,7 @@ class World:
         self.wake: Callable[[], None] = lambda: None
         self._door = door
         self._clock = clock
-        self._events: list[tuple[int, int, int, str, Callable[[FakeMachine], None]]] = []
+        self._events: list[tuple[int, int, int, str, Happening]] = []
         self._order = itertools.count()
         self._by_boot: dict[int, str] = {}
         self._lock = threading.RLock()
@@ -165,35 +170,49 @@ class World:
         for boot_id in self._door.changed():
             name = self._by_boot.get(boot_id)
             if name is not None:
-                with self._lock:
-                    self._later(self.machines[name], self._ask, 0.0)
-        while True:
-            with self._lock:
-                if not self._events or self._events[0][0] > self._clock.now():
-                    return self._events[0][0] if self._events else 0
+                self._later(self.machines[name], self._ask, 0.0)
+        while due := self._take_due():
+            said = [(machine, found) for machine, happen in due if (found := happen(machine)) is not None]
+            while said:
+                replies = self._door.together([call for _, (call, _) in said])
+                answered = zip(said, replies, strict=True)
+                said = [
+                    (machine, found)
+                    for (machine, (_, hear)), reply in answered
+                    if (found := hear(machine, reply)) is not None
+                ]
+        with self._lock:
+            return self._events[0][0] if self._events else 0
+
+    def _take_due(self) -> list[tuple[FakeMachine, Happening]]:
+        due = []
+        with self._lock:
+            now = self._clock.now()
+            while self._events and self._events[0][0] <= now:
                 _, _, life, name, happen = heapq.heappop(self._events)
                 machine = self.machines[name]
-                if machine.life != life:
-                    continue
-            happen(machine)
+                if machine.life == life:
+                    due.append((machine, happen))
+        return due
 
     def _machine(self, name: str) -> FakeMachine:
         if name not in self.machines:
             raise StepError(f"there is no fake machine {name}", Code.CONFIG)
         return self.machines[name]
 
-    def _later(self, machine: FakeMachine, happen: Callable[[FakeMachine], None], delay: float | None = None) -> None:
+    def _later(self, machine: FakeMachine, happen: Happening, delay: float | None = None) -> None:
         when = self._clock.now() + micros(machine.delay if delay is None else delay)
-        heapq.heappush(self._events, (when, next(self._order), machine.life, machine.name, happen))
+        with self._lock:
+            heapq.heappush(self._events, (when, next(self._order), machine.life, machine.name, happen))
         self.wake()
 
-    def _network_boot(self, machine: FakeMachine) -> None:
+    def _network_boot(self, machine: FakeMachine) -> Said | None:
         expected = self._door.expected_boot(machine.mac)
         if expected is None:
             self._disk_boot(machine)
-            return
+            return None
         if machine.failing == "agent":
-            return
+            return None
         machine.nonce = hashlib.sha256(f"{machine.name} {machine.life}".encode()).hexdigest()[:32]
         hello = {
             "version": "1",
@@ -208,47 +227,60 @@ class World:
             "disk.0.name": "vda",
             "disk.0.size": str(DISK_SIZE),
         }
-        reply = self._door.hello(hello, "127.0.0.1")
-        if reply.status == 200:
-            machine.boot_id = int(reply.lines["boot"])
-            self._by_boot[machine.boot_id] = machine.name
-            self._ask(machine)
+        return Call("hello", hello, "127.0.0.1"), self._welcomed
+
+    def _welcomed(self, machine: FakeMachine, reply: Reply) -> Said | None:
+        if reply.status != 200:
+            return None
+        machine.boot_id = int(reply.lines["boot"])
+        self._by_boot[machine.boot_id] = machine.name
+        return self._ask(machine)
 
     def _disk_boot(self, machine: FakeMachine) -> None:
         if machine.installed and machine.failing != "login":
             machine.running = f"system-{machine.name}-{machine.life}"
 
-    def _ask(self, machine: FakeMachine) -> None:
-        """Poll, and carry out what is ordered; the report is made when the phase's time is over."""
-        reply = self._poll(machine, {})
-        if "operation" not in reply.lines:
-            return
-        order = reply.lines
-        self._poll(machine, {"operation": order["operation"], "state": "running"}) if machine.delay else None
-        self._later(machine, lambda m: self._carried_out(m, order))
+    def _ask(self, machine: FakeMachine) -> Said | None:
+        return self._poll(machine, {}), self._ordered
 
-    def _carried_out(self, machine: FakeMachine, order: Lines) -> None:
+    def _ordered(self, machine: FakeMachine, reply: Reply) -> Said | None:
+        """Carry out what is ordered; the report is made when the phase's time is over."""
+        order = reply.lines
+        if reply.status != 200 or "operation" not in order:
+            return None
+        if not machine.delay:
+            return self._carried_out(machine, order)
+        self._later(machine, lambda m: self._carried_out(m, order))
+        return self._poll(machine, {"operation": order["operation"], "state": "running"}), _nothing_more
+
+    def _carried_out(self, machine: FakeMachine, order: Lines) -> Said | None:
         kind, operation = order["kind"], order["operation"]
+        report = {"operation": operation, "state": "done"}
         if machine.failing == kind:
             code, error = _FAILURES[kind]
-            self._poll(machine, {"operation": operation, "state": "failed", "code": str(code), "error": error})
-            return
-        report = {"operation": operation, "state": "done"}
-        if kind == "erase":
+            report |= {"state": "failed", "code": str(code), "error": error}
+        elif kind == "erase":
             machine.marker, machine.installed = "", ""
-        if kind == "configure":
+        elif kind == "configure":
             machine.installed = f"ssh-ed25519 AAAAfake{machine.name}.{operation}"
             machine.authorized = {order["authorized_keys"]}
             report["result.host_key"] = machine.installed
-        self._poll(machine, report)
-        if kind == "start":
-            with self._lock:
-                machine.life += 1  # the agent is gone, the firmware starts what is on the disk
-                machine.firmware_boots += 1
-                self._later(machine, self._disk_boot)
+        going_down = kind == "start" and report["state"] == "done"
+        return self._poll(machine, report), self._goes_down if going_down else self._ordered
 
-    def _poll(self, machine: FakeMachine, report: Mapping[str, str]) -> Reply:
-        return self._door.poll({"boot": str(machine.boot_id), "nonce": machine.nonce, **report}, "127.0.0.1")
+    def _goes_down(self, machine: FakeMachine, _reply: Reply) -> None:
+        """The agent is gone; the firmware starts what is on the disk."""
+        with self._lock:
+            machine.life += 1
+            machine.firmware_boots += 1
+            self._later(machine, self._disk_boot)
+
+    def _poll(self, machine: FakeMachine, report: Mapping[str, str]) -> Call:
+        return Call("poll", {"boot": str(machine.boot_id), "nonce": machine.nonce, **report}, "127.0.0.1")
+
+
+def _nothing_more(_machine: FakeMachine, _reply: Reply) -> None:
+    """The answer to a report on work under way asks for nothing."""
 
 
 def _name_in(host_key: str) -> str:

@@ -11,19 +11,19 @@ from pathlib import Path
 from nodepool.clock import SECOND
 from nodepool.config.records import Config, DiskImage
 from nodepool.errors import Code, StepError, StoreUnavailable
+from nodepool.image.make import ImageResult
 from nodepool.loops.launcher import Executor
 from nodepool.metrics import Metrics
 from nodepool.model import Build, BuildState
 from nodepool.plan import Catalog
 from nodepool.service import images
-from nodepool.service.images import Made
 from nodepool.store import Office, Store, Tx
 from nodepool.store import tables as t
 
 log = logging.getLogger("nodepool.builder")
 
 Progress = Callable[[str, float | None], None]
-Make = Callable[[DiskImage, str, Config, Progress, threading.Event], Made]
+Make = Callable[[DiskImage, str, Config, Progress, threading.Event], ImageResult]
 _OPEN = [str(state) for state in (BuildState.REQUESTED, BuildState.BUILDING, BuildState.TESTING, BuildState.DELETING)]
 
 
@@ -45,7 +45,7 @@ class Builder:
         self._feed = store.feed()
         self._open: dict[str, Build] = {}
         self._running: dict[str, threading.Event] = {}
-        self._results: deque[tuple[str, Made | StepError]] = deque()
+        self._results: deque[tuple[str, ImageResult | StepError]] = deque()
         self._progress: dict[str, tuple[str, float | None]] = {}
         self._first = True
 
@@ -102,7 +102,7 @@ class Builder:
         build_id, result = self._results[0]
         config = self._catalog().config
         image = self._open[build_id].image
-        if isinstance(result, Made):
+        if isinstance(result, ImageResult):
             self._write(lambda tx: images.finish(tx, config, build_id, result))
             self._metrics.build(image, result.seconds, result.size, good=True)
             self.sentence = f"{image} built in {result.seconds:.0f} s"
@@ -143,7 +143,7 @@ class Builder:
             self._progress[build.id] = (phase, share)
             self.wake()
 
-        def work() -> Made | StepError:
+        def work() -> ImageResult | StepError:
             try:
                 return self._make(recipe, build.id, config, progress, cancelled)
             except StepError as error:
@@ -152,7 +152,7 @@ class Builder:
                 log.exception("building %s failed unexpectedly", build.image)
                 return StepError(f"unexpected {type(error).__name__}: {error}", Code.IMAGE_BUILD)
 
-        def then(result: Made | StepError) -> None:
+        def then(result: ImageResult | StepError) -> None:
             self._results.append((build.id, result))
             self.wake()
 

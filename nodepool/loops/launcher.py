@@ -174,7 +174,7 @@ class Launcher:
         def push(item: Item) -> Callable[[Tx], None]:
             return lambda tx: steps.waits(tx, item, Wait(0, item.subject.work.waiting), progress=True)
 
-        late = []
+        late: list[Callable[[Tx], None]] = []
         for machine in self._board.machines.values():
             item = self._item(machine)
             if item is not None and item.step(item.subject.work.step) and item.subject.work.deadline < now + 5 * SECOND:

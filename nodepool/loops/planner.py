@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 
 from nodepool.clock import SECOND, micros
-from nodepool.errors import StoreUnavailable
+from nodepool.errors import Conflict, StoreUnavailable
 from nodepool.metrics import Metrics
 from nodepool.plan import Action, Catalog, Snapshot, plan
 from nodepool.plan.catalog import pool_limit
@@ -84,8 +84,13 @@ class Planner:
         return True
 
     def _apply(self, catalog: Catalog, actions: tuple[Action, ...]) -> bool:
-        outcome = each(self._store, [_use_case(catalog, action) for action in actions], self.office)
-        dropped = [conflict for conflict in outcome if conflict is not None]
+        outcome = each(
+            self._store,
+            [_use_case(catalog, action) for action in actions],
+            self.office,
+            lambda tx: pool.prepare(tx, actions),
+        )
+        dropped = [conflict for conflict in outcome if isinstance(conflict, Conflict)]
         self.sentence = f"{len(actions) - len(dropped)} actions carried out" + (
             f", {len(dropped)} dropped: {dropped[0]}" if dropped else ""
         )

@@ -10,24 +10,25 @@ import hmac
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from nodepool.clock import SECOND, micros
-from nodepool.door import Expected, Lines, Reply
-from nodepool.errors import Code, Conflict
+from nodepool.door import Call, Expected, Lines, Reply
+from nodepool.errors import Code
 from nodepool.model import Boot, BootState, Machine, Operation, OperationState, Status
 from nodepool.plan import Catalog
 from nodepool.plan.board import Board
 from nodepool.service import loading
 from nodepool.service.moves import note
 from nodepool.store import Store, Tx
-from nodepool.store import tables as t
+from nodepool.store.engine import each
 
 log = logging.getLogger("nodepool.agents")
 
 VERSION = "1"
+ATTEMPTS = 5  # at an answer that conflicts with what the launcher writes
 SEEN_EVERY = 60.0  # seconds between two marks that a waiting agent is still there
 UNKNOWN = "unknown-machines"
 _OPEN = frozenset({OperationState.PENDING, OperationState.RUNNING})
@@ -41,6 +42,8 @@ class Desk:
         self._catalog = catalog
         self._feed = store.feed()
         self._board = Board()
+        self._by_token: dict[str, Boot] = {}
+        self._by_id: dict[int, Boot] = {}
         self._work: set[int] = set()
         self._lock = threading.Lock()
         self.refused: Counter[str] = Counter()
@@ -62,13 +65,40 @@ class Desk:
 
     def hello(self, lines: Lines, peer: str) -> Reply:
         """Spend the token of a boot; the same agent may say hello again."""
-        if lines.get("version") != VERSION:
-            return Reply(426, {"error": f"this daemon speaks version {VERSION} of the agent's protocol; reboot"})
-        return self._answer(lambda tx: self._hello(tx, lines, peer))
+        return self.together((Call("hello", lines, peer),))[0]
 
     def poll(self, lines: Lines, peer: str) -> Reply:
         """Take a report in, give the next order out."""
-        return self._answer(lambda tx: self._poll(tx, lines, peer))
+        return self.together((Call("poll", lines, peer),))[0]
+
+    def together(self, calls: Sequence[Call]) -> list[Reply]:
+        """Answer several agents in one transaction."""
+        replies: dict[int, Reply] = {}
+        for _ in range(ATTEMPTS):
+            open_calls = [number for number in range(len(calls)) if number not in replies]
+            if not open_calls:
+                break
+            self._refresh()
+            answers = each(self._store, [self._use_case(calls[number]) for number in open_calls])
+            # an answer that is a Conflict met the launcher on the same row: with the row's new version it will do
+            replies |= {n: a for n, a in zip(open_calls, answers, strict=True) if isinstance(a, Reply)}
+        for reply in replies.values():
+            if reply.status != 200:
+                self._say_once(reply)
+        busy = Reply(503, {"error": "too busy to answer now", "wait": "2"})
+        return [replies.get(number, busy) for number in range(len(calls))]
+
+    def _index(self, boot: Boot) -> None:
+        """Only the newest boot of a machine is known by its token and its id."""
+        held = self._board.boots.get(boot.machine_id)
+        if held is not None and held.id != boot.id:
+            self._by_token.pop(held.token, None)
+            self._by_id.pop(held.id, None)
+        self._by_token[boot.token] = self._by_id[boot.id] = boot
+
+    def _use_case(self, call: Call) -> Callable[[Tx], Reply]:
+        answer = self._hello if call.verb == "hello" else self._poll
+        return lambda tx: answer(tx, call.lines, call.peer)
 
     def may_fetch(self, path: str, peer: str) -> bool:
         """The agent's own files for all (they hold no secret), an image only for a machine that is told to write it."""
@@ -101,22 +131,14 @@ class Desk:
             changes, whole = self._feed.drain()
             if not whole:
                 changes = self._store.read(loading.board)
-                self._board = Board()
+                self._board, self._by_token, self._by_id = Board(), {}, {}
+            for record in changes:
+                if isinstance(record, Boot):
+                    self._index(record)
             self._board.fold(changes)
             for record in changes:
                 if isinstance(record, Operation) and record.by_agent and record.state is OperationState.PENDING:
                     self._work.add(record.boot_id or 0)
-
-    def _answer(self, use_case: Callable[[Tx], Reply]) -> Reply:
-        for _ in range(5):
-            try:
-                reply = self._store.write(use_case)
-            except Conflict:
-                continue  # the launcher wrote the same row; with its new version this will do
-            if reply.status != 200:
-                self._say_once(reply)
-            return reply
-        return Reply(503, {"error": "too busy to answer now", "wait": "2"})
 
     def _say_once(self, reply: Reply) -> None:
         error = reply.lines.get("error", "")
@@ -125,12 +147,18 @@ class Desk:
             log.warning("an agent was refused (%d): %s", reply.status, error)
 
     def _hello(self, tx: Tx, lines: Lines, peer: str) -> Reply:
+        if lines.get("version") != VERSION:
+            return Reply(426, {"error": f"this daemon speaks version {VERSION} of the agent's protocol; reboot"})
         token, nonce = lines.get("token", ""), lines.get("nonce", "")
-        found = tx.select(Boot, t.boots.c.token == token) if token else []
-        if not found or not 16 <= len(nonce) <= 64:
+        known = self._by_token.get(token)
+        machine = self._board.machines.get(known.machine_id) if known is not None else None
+        if known is None or machine is None or not 16 <= len(nonce) <= 64:
             return Reply(403, {"error": f"the token of the agent at {peer} is not known here: foreign or long over"})
-        boot = found[0]
-        machine = tx.get(Machine, boot.machine_id)
+        return self._spend(tx, tx.latest(known), tx.latest(machine), lines, peer)
+
+    def _spend(self, tx: Tx, boot: Boot, machine: Machine, lines: Lines, peer: str) -> Reply:
+        """The first hello spends the token; with another nonce it is somebody else's."""
+        nonce = lines["nonce"]
         if boot.state is BootState.UP:
             if hmac.compare_digest(boot.nonce, nonce):
                 return Reply(200, {"boot": str(boot.id)})
@@ -186,16 +214,16 @@ class Desk:
 
     def _boot(self, tx: Tx, lines: Lines) -> Boot | None:
         number, nonce = lines.get("boot", ""), lines.get("nonce", "")
-        boot = tx.find(Boot, int(number)) if number.isdecimal() and len(number) < 19 else None
+        known = self._by_id.get(int(number)) if number.isdecimal() and len(number) < 19 else None
+        boot = tx.latest(known) if known is not None else None
         if boot is None or boot.state is not BootState.UP or not hmac.compare_digest(boot.nonce, nonce):
             return None
         return boot
 
     def _operation(self, tx: Tx, boot: Boot) -> Operation | None:
         """The newest operation of the boot's machine, the only one that an agent may work at."""
-        c = t.operations.c
-        found = tx.select(Operation, c.machine_id == boot.machine_id, order=c.id.desc(), limit=1)
-        return found[0] if found and found[0].boot_id == boot.id else None
+        known = self._board.operations.get(boot.machine_id)
+        return tx.latest(known) if known is not None and known.boot_id == boot.id else None
 
 
 def _report(tx: Tx, operation: Operation, lines: Lines) -> Operation:

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 from nodepool.clock import SECOND, micros
 from nodepool.config.records import Config
 from nodepool.errors import Code, NotFound, Refused
+from nodepool.image.make import ImageResult
 from nodepool.lifecycle import BuildEvent
 from nodepool.model import Build, BuildState, Copy, Work
 from nodepool.service.moves import move
 from nodepool.service.pool import request_build
 from nodepool.store import Tx
 from nodepool.store import tables as t
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """What a build has given: files by format, bytes and sha256 of the raw disk, the path of its log."""
-
-    files: Mapping[str, Path]
-    size: int
-    sha256: str
-    seconds: float
-    log: Path
 
 
 def ask(tx: Tx, config: Config, image: str, actor: str) -> Build:
@@ -63,7 +51,7 @@ def progress(tx: Tx, build_id: str, phase: str, share: float | None) -> None:
         tx.put(replace(build, work=replace(build.work, step=phase[:40], since=since, waiting=waiting)))
 
 
-def finish(tx: Tx, config: Config, build_id: str, made: Made) -> Build:
+def finish(tx: Tx, config: Config, build_id: str, made: ImageResult) -> Build:
     """A build is good: it is published for every provider that uses it."""
     build = tx.get(Build, build_id)
     if build.state is BuildState.BUILDING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +34,12 @@ def apply(tx: Tx, catalog: Catalog, action: Action) -> None:
         _APPLY[type(action)](tx, catalog, action)
     except (IllegalTransition, NotFound) as error:
         raise Conflict(str(error)) from error
+
+
+def prepare(tx: Tx, actions: Sequence[Action]) -> None:
+    """Read the rows that these actions will need in one go."""
+    tx.load(Machine, [key for action in actions if (key := getattr(action, "machine_id", None))])
+    tx.load(Node, [key for action in actions if (key := getattr(action, "node_id", None))])
 
 
 def _current(tx: Tx, machine_id: int, *states: MachineState) -> Machine:

@@ -8,7 +8,7 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -210,25 +210,31 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
     cursor.close()
 
 
-def each(store: Store, use_cases: list[Callable[[Tx], None]], office: Office | None = None) -> list[Conflict | None]:
-    """Run use cases in one transaction; where one conflicts, run them one by one so that it alone is dropped."""
+def each(
+    store: Store,
+    use_cases: Sequence[Callable[[Tx], T]],
+    office: Office | None = None,
+    before: Callable[[Tx], None] | None = None,
+) -> list[T | Conflict]:
+    """Run use cases in one transaction; where one conflicts, run them one by one so that it alone is dropped.
 
-    def all_of_them(tx: Tx) -> None:
-        for use_case in use_cases:
-            use_case(tx)
+    Gives what each has given, or its Conflict.  `before` reads in one go what they will need.
+    """
+
+    def all_of_them(tx: Tx) -> list[T | Conflict]:
+        if before is not None:
+            before(tx)
+        return [use_case(tx) for use_case in use_cases]
 
     try:
-        store.write(all_of_them, office)
-    except Conflict:
-        pass
-    else:
-        return [None] * len(use_cases)
-    outcome: list[Conflict | None] = []
+        return store.write(all_of_them, office)
+    except Conflict as conflict:
+        if len(use_cases) == 1:
+            return [conflict]
+    outcome: list[T | Conflict] = []
     for use_case in use_cases:
         try:
-            store.write(use_case, office)
+            outcome.append(store.write(use_case, office))
         except Conflict as conflict:
             outcome.append(conflict)
-        else:
-            outcome.append(None)
     return outcome

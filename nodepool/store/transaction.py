@@ -6,7 +6,7 @@ transaction is kept.  An `Office` makes a transaction valid only while its holde
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -64,6 +64,7 @@ class Tx:
         self.changes: list[Any] = []  # records, in the order in which they were written
         self._connection = connection
         self._updates: dict[tuple[type, int | str], Record] = {}
+        self._known: dict[tuple[type, int | str], Record] = {}  # read or written in this transaction
         self._inserts: dict[type, list[Record | Event]] = {}
 
     def check(self, office: Office) -> None:
@@ -74,9 +75,9 @@ class Tx:
 
     def find(self, cls: type[R], key: int | str) -> R | None:
         """The record with this id, as this transaction sees it."""
-        pending = self._updates.get((cls, key))
-        if pending is not None:
-            return pending  # type: ignore[return-value]
+        known = self._known.get((cls, key))
+        if known is not None:
+            return known  # type: ignore[return-value]
         found = self.select(cls, CODECS[cls].table.c.id == key)
         return found[0] if found else None
 
@@ -94,7 +95,20 @@ class Tx:
         query = select(codec.table).where(*where).order_by(codec.table.c.id if order is None else order)
         if limit is not None:
             query = query.limit(limit)
-        return [codec.decode(row) for row in self._connection.execute(query).mappings()]
+        found = [codec.decode(row) for row in self._connection.execute(query).mappings()]
+        if cls is not Event:
+            self._known.update(((cls, record.id), record) for record in found)
+        return found
+
+    def load(self, cls: type[R], keys: Iterable[int | str]) -> None:
+        """Read rows in one go that will be asked for one by one."""
+        wanted = list(keys)
+        if wanted:
+            self.select(cls, CODECS[cls].table.c.id.in_(wanted))
+
+    def latest(self, record: Stored) -> Stored:
+        """What this transaction has made of a record that was read elsewhere; the record itself when nothing."""
+        return self._known.get((type(record), record.id), record)  # type: ignore[return-value]
 
     def add(self, record: R) -> R:
         """Insert now; the record comes back with its id."""
@@ -108,6 +122,7 @@ class Tx:
             record = replace(record, id=result.inserted_primary_key[0])
         if not isinstance(record, Event):
             self.changes.append(record)
+            self._known[(type(record), record.id)] = record
         return record
 
     def add_later(self, record: Record | Event) -> None:
@@ -125,15 +140,16 @@ class Tx:
         if pending is not None:
             if record.version != pending.version:
                 raise Conflict(f"{CODECS[type(record)].kind} {record.id} was changed within this transaction")
-            self._updates[key] = record
+            self._updates[key] = self._known[key] = record
             return record
         stored = replace(record, version=record.version + 1)
-        self._updates[key] = stored
+        self._updates[key] = self._known[key] = stored
         return stored
 
     def remove(self, cls: type[R], *where: ColumnElement[bool]) -> int:
         """Delete rows that nobody follows any more; gives their number."""
         self.flush()
+        self._known.clear()
         return self._connection.execute(delete(CODECS[cls].table).where(*where)).rowcount
 
     def flush(self) -> None:

@@ -10,13 +10,13 @@ from nodepool.coord.local import LocalReferee, file_lock
 from nodepool.drivers import fake
 from nodepool.drivers.step import Ports
 from nodepool.errors import Code, Permanent
+from nodepool.image.make import ImageResult
 from nodepool.loops.launcher import Kit
 from nodepool.loops.running import InlineExecutor, run_until
 from nodepool.metrics import NoMetrics
 from nodepool.model import Build, Machine, Node, NodeState, Request, Wanted
 from nodepool.service import nodes, requests
 from nodepool.service.agents import Desk
-from nodepool.service.images import Made
 from nodepool.service.requests import Wish
 from nodepool.store import open_store
 from nodepool.store import tables as t
@@ -86,7 +86,7 @@ class Story:
             raise Permanent("debootstrap: no such suite", Code.IMAGE_BUILD)
         path = self.folder / f"{build_id}.raw"
         path.write_bytes(b"image")
-        return Made({"raw": path}, 5, hashlib.sha256(b"image").hexdigest(), 1.0, self.folder / "log")
+        return ImageResult({"raw": path}, 5, hashlib.sha256(b"image").hexdigest(), 1.0, self.folder / "log")
 
     def die(self):
         """As kill -9 does it: nothing is tidied up; the lock goes with the process, the machines go on."""
