@@ -132,6 +132,7 @@ def node(record: Node, now: int, operation: Operation | None = None, *, detail: 
         "age": round(seconds_between(record.since, now), 3),
         "locked": record.state != NodeState.READY or record.request_id is not None,
         "at": at(record.work, operation),
+        "failure": record.failure,
     }
     if detail:
         view |= {
