@@ -146,14 +146,11 @@ def environment(
     writes its environment into the image.
     """
     own = [str(elements_dir.resolve())] if elements_dir else []
-    cache = scratch.parent / ".cache"  # what is fetched once for all builds
     env = _mirrors(image, host)
-    arguments = env.get("DIB_DEBOOTSTRAP_EXTRA_ARGS", "")
-    env["DIB_DEBOOTSTRAP_EXTRA_ARGS"] = f"--cache-dir={(cache / 'debootstrap').resolve()} {arguments}".strip()
     env |= {name: value for name, value in base.items() if not name.startswith("NODEPOOL_")}
     env |= {
         "ELEMENTS_PATH": os.pathsep.join([*own, str(ELEMENTS)]),
-        "DIB_IMAGE_CACHE": str(cache),
+        "DIB_IMAGE_CACHE": str(scratch.parent / ".cache"),  # packages are fetched once for all builds
         "DIB_CHECKSUM": "0",
         "TMP_DIR": str(scratch),
         "PATH": os.pathsep.join([base.get("PATH", os.defpath), str(Path(sys.executable).parent), "/usr/sbin", "/sbin"]),
@@ -185,7 +182,6 @@ def build_root(
     skip_base = ["-n"] if any(element.endswith("-minimal") for element in image.elements) else []
     command = [*words, *skip_base, "-t", kind, "-o", str(out), *image.elements]
     env = environment(image, elements_dir, out.parent, apt.read_host(), os.environ)
-    (out.parent.parent / ".cache/debootstrap").mkdir(parents=True, exist_ok=True)
     reader = Reader(progress)
     tail: list[str] = []
 

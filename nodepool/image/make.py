@@ -84,14 +84,15 @@ def make_image(image: DiskImage, build_id: str, paths: ImagePaths, progress: Pro
 
 
 def _make_raw(work: Work, image: DiskImage, scratch: Path, paths: ImagePaths, progress: Progress) -> Path:
-    if image.assembly == "dib":
-        return dib.build_root(work, image, scratch / "disk", paths.elements_dir, progress)
-    if lacks := assemble.missing_tools(image.formats):
-        raise Permanent(sentence_of_missing(lacks), Code.IMAGE_BUILD)
+    theirs = _SHARES["testing" if image.assembly == "dib" else "unpack"]
 
     def of_whole(phase: str, share: float | None) -> None:
-        progress(phase, None if share is None else share * _SHARES["unpack"])
+        progress(phase, None if share is None else share * theirs)
 
+    if image.assembly == "dib":
+        return dib.build_root(work, image, scratch / "disk", paths.elements_dir, of_whole)
+    if lacks := assemble.missing_tools(image.formats):
+        raise Permanent(sentence_of_missing(lacks), Code.IMAGE_BUILD)
     tar = dib.build_root(work, image, scratch / "root", paths.elements_dir, of_whole)
     raw = scratch / "disk.raw"
     assemble.assemble(work, tar, raw, lambda step: progress(step, _SHARES[step]))
