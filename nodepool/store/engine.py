@@ -19,10 +19,11 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
 from nodepool.clock import Clock
 from nodepool.errors import ConfigError, Conflict, StoreUnavailable
-from nodepool.model import Record
+from nodepool.model import Event, Record
 from nodepool.store.transaction import Office, Tx
 
 log = logging.getLogger("nodepool.store")
+events_log = logging.getLogger("nodepool.events")
 
 T = TypeVar("T")
 PATIENCE = 10.0  # seconds that a transaction waits for a locked database before it gives up
@@ -89,6 +90,8 @@ class Store:
             if tx.changes:
                 for feed in self._feeds:
                     feed.push(tx.changes)
+        for told in tx.events:
+            _tell(told)
         if tx.changes:
             for wake in self.wake:
                 wake()
@@ -144,6 +147,13 @@ class Store:
                     log.warning("waiting for the database: %s", _plain(error))
                     said = True
                 time.sleep(wait)
+
+
+def _tell(told: Event) -> None:
+    """What is committed as an event is what the log says, so that the two never disagree."""
+    moved = f" {told.from_state} -> {told.to_state}" if told.to_state else f" {told.type}"
+    level = logging.WARNING if told.code else logging.INFO
+    events_log.log(level, "%s %s%s%s", told.subject_kind, told.subject_id, moved, told.message and f": {told.message}")
 
 
 def _plain(error: DBAPIError) -> str:

@@ -62,6 +62,7 @@ class Tx:
     def __init__(self, connection: Connection, now: int) -> None:
         self.now = now
         self.changes: list[Any] = []  # records, in the order in which they were written
+        self.events: list[Event] = []  # told to the log once they are committed
         self._connection = connection
         self._updates: dict[tuple[type, int | str], Record] = {}
         self._known: dict[tuple[type, int | str], Record] = {}  # read or written in this transaction
@@ -165,6 +166,7 @@ class Tx:
             for row in rows:
                 row.pop("id")
             if cls is Event:
+                self.events += records  # type: ignore[arg-type]
                 self._connection.execute(insert(codec.table), rows)
                 continue
             ids = self._connection.execute(

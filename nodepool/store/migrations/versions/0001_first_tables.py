@@ -10,7 +10,6 @@ down_revision = None
 
 def upgrade() -> None:
     """Make them."""
-
     op.create_table(
         "boots",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),

@@ -1,0 +1,299 @@
+"""`make run`: a rack of one QEMU machine behind a real BMC, a daemon that brings it to READY, and a look around.
+
+Everything it makes is in var/ and in a network namespace of the rack's own; Ctrl-C takes down what runs and keeps what
+was built (the agent's ramdisk, the image, the database), so that a second run is quicker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nodepool.clock import age
+from nodepool.cmd.client import Client, CommandError
+
+VAR = Path("var")
+BIN = Path(sys.executable).parent
+LABEL = "debian-12-metal"
+NEEDS_DISK = 4 << 30  # bytes: an image build and its caches
+NEEDS_MEMORY = 1800 << 20  # bytes: QEMU with its translation buffer, and diskimage-builder
+LOG = VAR / "nodepoold.log"
+
+YAML = """\
+# Written by `make run` on every start; edit nodepool.yaml.sample's copy of your own instead.
+version: 1
+database: sqlite:///var/nodepool.db
+images-dir: var/images
+agent-dir: var/agent
+networks:
+  - {{name: lab, interface: {bridge}, cidr: {cidr}, gateway: {gateway}, dhcp: managed}}
+diskimages:
+  - name: debian-12
+    release: bookworm
+    elements: [debian-minimal, nodepool-node]
+    formats: [raw]
+    rebuild-age: 7d
+    # the daemon lives in the rack's network namespace; the package mirrors are in that of the machine
+    dib-cmd: {dib}
+labels:
+  - {{name: {label}, min-ready: {machines}}}
+providers:
+  - name: rack1
+    driver: metal
+    network: lab
+    boot-timeout: 300
+    ssh: {{user: root, key: var/id_ed25519}}
+    machines:
+{specs}
+    pools:
+      - name: main
+        max-servers: {machines}
+        labels:
+          - {{name: {label}, diskimage: debian-12, start: reboot}}
+"""
+
+MACHINE = """\
+      - name: {name}
+        rack: rack1
+        bmc: ipmi://{host}:{port}
+        credentials: {name}
+        interfaces: [{{mac: "{mac}", ip: {ip}}}]
+        firmware: {firmware}
+        accept: true"""
+
+
+class Trouble(Exception):
+    """The demo cannot go on: one sentence with the remedy."""
+
+
+def main() -> int:
+    """Run it; gives the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--once", action="store_true", help="request the node, log in, tear down, print seconds, exit")
+    parser.add_argument("--machines", type=int, default=1, help="machines in the rack (default: 1)")
+    arguments = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        _check()
+        _agent()
+        with _rack(arguments.machines) as rack:
+            _write_yaml(rack, arguments.machines)
+            with _daemon(rack) as daemon:
+                client = Client(str(VAR / "nodepool.sock"))
+                _watch(client, daemon, arguments.machines)
+                if arguments.once:
+                    _once(client, rack)
+                else:
+                    _look_around(rack)
+    except Trouble as trouble:
+        print(f"make run: {trouble}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; what was built is kept in var/")
+        return 130 if arguments.once else 0
+    return 0
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _check() -> None:
+    if os.geteuid():
+        raise Trouble("network namespaces and taps need root: run it as `sudo make run`")
+    VAR.mkdir(exist_ok=True)
+    free = shutil.disk_usage(VAR).free
+    if free < NEEDS_DISK:
+        raise Trouble(
+            f"{NEEDS_DISK >> 30} GiB of disk are needed in {VAR.resolve()}, {free >> 20} MiB are free: make room"
+        )
+    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(meminfo["MemAvailable"].split()[0]) << 10
+    if available < NEEDS_MEMORY:
+        raise Trouble(f"{NEEDS_MEMORY >> 20} MiB of memory are needed, {available >> 20} MiB are free: end something")
+    path = str((VAR / "nodepool.sock").resolve())
+    if len(path) > 107:
+        raise Trouble(f"{path} is too long for a Unix socket (107 bytes): clone into a shorter folder")
+
+
+def _agent() -> None:
+    print("the agent's ramdisk")
+    done = subprocess.run([BIN / "nodepool", "agent-build", "--dir", VAR / "agent"], check=False)
+    if done.returncode:
+        raise Trouble("the agent's ramdisk could not be built (see above)")
+
+
+@contextlib.contextmanager
+def _rack(machines: int) -> Iterator[dict[str, Any]]:
+    rack = [BIN / "nodepool-rack"]
+    up = [*rack, "up", "--dir", VAR / "rack", "--machines", str(machines), "--kernel", VAR / "agent" / "vmlinuz"]
+    subprocess.run([*rack, "down", "--dir", VAR / "rack", "--keep-disks"], check=False, capture_output=True)
+    print("the rack")
+    done = subprocess.run(up, check=False)
+    try:
+        if done.returncode:
+            raise Trouble("the rack did not come up (see above)")
+        yield json.loads((VAR / "rack" / "rack.json").read_text())
+    finally:
+        subprocess.run([*rack, "down", "--dir", VAR / "rack"], check=False, capture_output=True)
+
+
+def _write_yaml(rack: dict[str, Any], machines: int) -> None:
+    outside = f"/proc/{os.getpid()}/ns/net"
+    specs = "\n".join(
+        MACHINE.format(**{**machine, "host": machine["bmc"]["host"], "port": machine["bmc"]["port"]})
+        for machine in rack["machines"]
+    )
+    (VAR / "nodepool.yaml").write_text(
+        YAML.format(
+            bridge=rack["bridge"],
+            cidr=rack["cidr"],
+            gateway=rack["gateway"],
+            dib=f"nsenter --net={outside} {BIN / 'disk-image-create'}",
+            label=LABEL,
+            machines=machines,
+            specs=specs,
+        )
+    )
+    secrets = "".join(
+        f"  - {{name: {m['name']}, username: {m['bmc']['username']}, password: '{m['bmc']['password']}'}}\n"
+        for m in rack["machines"]
+    )
+    secure = VAR / "secure.yaml"
+    secure.unlink(missing_ok=True)
+    secure.touch(mode=0o600)
+    secure.write_text(f"credentials:\n{secrets}")
+
+
+@contextlib.contextmanager
+def _daemon(rack: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
+    command = ["ip", "netns", "exec", rack["namespace"], BIN / "nodepoold", "-d"]
+    with LOG.open("ab") as log:
+        daemon = subprocess.Popen(
+            [*command, "-c", VAR / "nodepool.yaml", "-s", VAR / "secure.yaml"],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C is ours to handle, in order
+        )
+    try:
+        yield daemon
+    finally:
+        daemon.terminate()
+        try:
+            daemon.wait(10)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
+
+
+def _watch(client: Client, daemon: subprocess.Popen[bytes], wanted: int) -> None:
+    """Show what everything is at until the nodes are READY; a table on a terminal, lines elsewhere."""
+    began, shown, lines = time.monotonic(), "", 0
+    print(f"the daemon (its log: {LOG})")
+    while True:
+        if daemon.poll() is not None:
+            raise Trouble(f"nodepoold ended; the end of {LOG} says why:\n{_tail(LOG)}")
+        try:
+            table, ready = _table(client)
+        except CommandError:
+            time.sleep(0.2)
+            continue
+        if sys.stdout.isatty():
+            if lines:
+                print(f"\x1b[{lines}A\x1b[J", end="")
+            text = f"{table}\n{age(time.monotonic() - began)} since the start"
+            print(text, flush=True)
+            lines = text.count("\n") + 1
+        elif table != shown:
+            print(f"[{time.monotonic() - began:6.1f} s]", table.replace("\n", "\n           "), flush=True)
+            shown = table
+        if ready >= wanted:
+            return
+        time.sleep(0.5)
+
+
+def _table(client: Client) -> tuple[str, int]:
+    builds = client.items("/builds")
+    running = [build for build in builds if build["state"] in {"requested", "building", "testing"}]
+    newest = [build for build in builds if build["state"] == "ready"][:1]
+    rows = [f"image   {b['image']:16} {b['state']:12} {b.get('at') or ''}" for b in [*running, *newest]]
+    for machine in client.items("/machines"):
+        trouble = machine["trouble"]
+        at = f"{trouble['phase']}: {trouble['reason']}" if trouble else machine["at"]
+        rows.append(f"machine {machine['name']:16} {machine['state']:12} {at}")
+    ready = 0
+    for node in client.items("/nodes"):
+        ready += node["state"] in {"ready", "in-use"}
+        rows.append(f"node    {node['id']:16} {node['state']:12} {node.get('at') or ''}")
+    return "\n".join(row.rstrip() for row in rows), ready
+
+
+def _tail(path: Path, lines: int = 15) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _look_around(rack: dict[str, Any]) -> None:
+    machine = rack["machines"][0]
+    bmc = machine["bmc"]
+    inside = f"ip netns exec {rack['namespace']}"
+    print(
+        f"""
+The node is READY: nodepool has logged in to it.  Look around from another terminal, in this folder:
+
+    {BIN}/nodepool list                    what there is
+    {BIN}/nodepool show 1                  where the time went
+    {BIN}/nodepool explain {LABEL}
+    {BIN}/nodepool request {LABEL} --wait --ssh-key ~/.ssh/id_ed25519.pub
+    {inside} ssh -i var/id_ed25519 root@{machine["ip"]}
+    {inside} ipmitool -I lanplus -H {bmc["host"]} -U {bmc["username"]} -P '{bmc["password"]}' power status
+    tail -f {machine["console"]}
+
+Ctrl-C ends everything; nothing stays behind but what was built, in var/."""
+    )
+    signal.pause()
+
+
+def _once(client: Client, rack: dict[str, Any]) -> None:
+    """Request the node, log in with a key of one's own, run a command, give it back; then tell the seconds."""
+    key = VAR / "demo_ed25519"
+    if not key.exists():
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    public = key.with_suffix(".pub").read_text().strip()
+    wish = {"nodes": [{"label": LABEL, "count": 1}], "requestor": "make run", "ssh_keys": [public]}
+    request = client.post("/requests", wish)
+    while request["state"] in {"requested", "pending"}:
+        request = client.get(f"/requests/{request['id']}", wait=30)
+    if request["state"] != "fulfilled":
+        raise Trouble(f"the request is {request['state']}: {request}")
+    node = client.get(f"/nodes/{request['nodes'][0]['id']}")
+    known = VAR / "demo_known_hosts"
+    known.write_text(f"{node['address']} {node['host_key']}\n")
+    ssh = ["ip", "netns", "exec", rack["namespace"], "ssh", "-i", key, "-o", f"UserKnownHostsFile={known}"]
+    options = ["-o", "StrictHostKeyChecking=yes", "-o", "BatchMode=yes", "-o", "LogLevel=ERROR"]
+    command = 'echo "logged in to $(hostname) as $(id -un): $(. /etc/os-release; echo $PRETTY_NAME), $(uname -r)"'
+    done = subprocess.run([*ssh, *options, f"{node['username']}@{node['address']}", command], check=False)
+    if done.returncode:
+        raise Trouble("the login to the node that was handed out failed (see above)")
+    print(f"\nnode {node['id']} on {node['machine']}, seconds per phase:")
+    total = 0.0
+    for phase in node["timeline"]:
+        if phase["state"] == "building" or phase["phase"] == "authorize":
+            total += phase["seconds"]
+            print(f"  {phase['phase']:12} {phase['seconds']:8.1f}")
+    print(f"  {'':12} {total:8.1f}  from the decision to READY and handed over")
+    client.post(f"/requests/{request['id']}/release")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
