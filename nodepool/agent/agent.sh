@@ -670,13 +670,16 @@ begin() {
     KEEPER=$!
 }
 
+# lives GROUP: whether a process of that group still does something.
+lives() { ps -o pgid,stat | awk -v group="$1" '$1 == group && $2 !~ /^Z/ { found = 1 } END { exit !found }'; }
+
 # stop ID: end its worker and all that it has started.  It leaves no result: told again, it begins anew.
 stop() {
     kill "$KEEPER" 2>/dev/null
     group=$(cat "$STATE/$1/pid")
-    kill -KILL -- "-$group" 2>/dev/null
+    kill -KILL "-$group"
     tries=0
-    while kill -0 -- "-$group" 2>/dev/null && [ "$tries" -lt 100 ]; do
+    while lives "$group" && [ "$tries" -lt 100 ]; do
         usleep 100000 # a write that is under way ends when the disk says so
         tries=$((tries + 1))
     done
@@ -702,7 +705,7 @@ hello() {
         409) silent "another machine came with this boot's token: $(value "$STATE/answer" error)" ;;
         426) go_down ;;
         503) pause "$(value "$STATE/answer" wait)" "the daemon asks for patience" ;;
-        *) pause 3 "no answer to hello: $(trouble "$status")" ;;
+        *) pause "$REPORT_EVERY" "no answer to hello: $(trouble "$status")" ;;
         esac
     done
     BOOT=$(value "$STATE/answer" boot)
@@ -759,7 +762,7 @@ poll() {
             ;;
         409) silent "this boot is contested: $(value "$STATE/answer" error)" ;;
         426) go_down ;;
-        *) pause 3 "no answer to a poll: $(trouble "$status")" ;;
+        *) pause "$REPORT_EVERY" "no answer to a poll: $(trouble "$status")" ;;
         esac
     done
 }

@@ -149,7 +149,7 @@ def build_ramdisk(
         archive = Path(scratch) / "initrd.cpio"
         archive.write_bytes(cpio(entries))
         packed = Path(scratch) / "initrd.img"
-        run(["zstd", "-q", "-19", "-T0", "-o", str(packed), str(archive)])
+        run(["zstd", "-q", "-12", "-T0", "-o", str(packed), str(archive)])
         described = {"inputs": inputs, "kernel": version, "packages": [p.file for p in packages]}
         install(files, image, packed, described)
     size = (files.kernel.stat().st_size + files.initrd.stat().st_size) / 1e6

@@ -68,7 +68,7 @@ class Lab:
         made = []
 
         def inside():
-            with open(f"/run/netns/{self.namespace}") as handle:
+            with Path(f"/run/netns/{self.namespace}").open() as handle:
                 libc = ctypes.CDLL(None, use_errno=True)
                 if libc.setns(handle.fileno(), CLONE_NEWNET):
                     made.append(OSError(ctypes.get_errno(), "setns"))

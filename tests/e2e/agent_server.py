@@ -6,10 +6,13 @@ It is written from doc/agent-protocol.rst alone, and keeps all that it was told,
 import http.server
 import itertools
 import os
+import re
 import socket
 import threading
 import time
 from urllib.parse import quote, unquote
+
+LINES = re.compile(rb"(?:[a-z0-9._-]+=(?:[A-Za-z0-9._~-]|%[0-9A-F]{2})*\n)*")
 
 
 def body_of(values):
@@ -25,6 +28,7 @@ def wait_until(look, seconds=30.0, describe=str):
 
 
 def values_of(body):
+    assert LINES.fullmatch(body), body
     return {key: unquote(value) for key, _, value in (line.partition("=") for line in body.decode().splitlines())}
 
 
@@ -49,7 +53,8 @@ class Daemon:
         self._cancel = ""
         self._news = threading.Condition()
         self._server = _Server(listener, self)
-        self.url = "http://%s:%d" % listener.getsockname()
+        host, port = listener.getsockname()
+        self.url = f"http://{host}:{port}"
 
     def __enter__(self):
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
@@ -124,8 +129,8 @@ class Daemon:
                 return 200, {"continue": 1}
             if number and number == self._instruction.get("operation"):
                 self._instruction = {}
-            until = time.monotonic() + self._hold
-            self._news.wait_for(lambda: self._instruction or not self._hold, max(0, until - time.monotonic()))
+            if not number:
+                self._news.wait_for(lambda: self._instruction or not self._hold, self._hold)
             return 200, dict(self._instruction) or {"wait": 0}
 
 
@@ -164,7 +169,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.answer(404, b"error=no%20such%20file\n")
             return
         named = hasattr(content, "fileno")
-        size = os.stat(content.fileno()).st_size if named else len(content)
+        size = os.fstat(content.fileno()).st_size if named else len(content)
         first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
         first, last = int(first), min(int(last), size - 1)
         part = os.pread(content.fileno(), last - first + 1, first) if named else content[first : last + 1]

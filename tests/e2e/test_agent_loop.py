@@ -3,6 +3,7 @@
 No machine, no root: what needs real devices is in test_agent_vm.py.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -41,6 +42,13 @@ class Machine:
         (self.folder / f"sys/block/{name}/size").write_text(f"{size // 512}\n")
         (self.folder / f"dev/{name}").write_bytes(b"\xaa" * size)
 
+    def add_stuck_disk(self):
+        """A disk that never answers: nobody reads the FIFO."""
+        (self.folder / "sys/block/vdb/device").mkdir(parents=True)
+        (self.folder / "sys/block/vdb/size").write_text("2048\n")
+        os.mkfifo(self.folder / "dev/vdb")
+        return "vdb"
+
     def start(self, url, token):
         (self.folder / "proc/cmdline").write_text(f"quiet nodepool.url={url} nodepool.token={token} console=ttyS0\n")
         settings = {"SYS": "sys", "DEV": "dev", "PROC": "proc", "STATE": "state", "PROOF": "proof"}
@@ -69,6 +77,18 @@ class Machine:
     def stop(self):
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        for pid in self.folder.glob("state/*/pid"):  # workers have a session of their own
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(int(pid.read_text()), signal.SIGKILL)
+
+
+def living(group):
+    """The processes of a process group that have not ended (stat's third field is the state, its fifth the group)."""
+    stats = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            stats.append(path.read_text().rpartition(")")[2].split())
+    return [fields for fields in stats if int(fields[2]) == group and fields[0] != "Z"]
 
 
 @pytest.fixture
@@ -287,12 +307,8 @@ def test_a_piece_that_breaks_off_is_fetched_again(agent, daemon, image):
 
 
 def test_work_that_goes_on_is_reported_and_can_be_cancelled(agent, daemon, image):
-    fifo = agent.folder / "dev/vdb"
-    (agent.folder / "sys/block/vdb/device").mkdir(parents=True)
-    (agent.folder / "sys/block/vdb/size").write_text("2048\n")
-    os.mkfifo(fifo)  # a disk that never answers
-    number = daemon.give("write", **{**image, "size": 512, "device": "vdb"})
     daemon.files["/image"] = b"x" * 512
+    number = daemon.give("write", **{**image, "size": 512, "device": agent.add_stuck_disk()})
     running = daemon.wait_for(lambda: next((r for r in daemon.reports if r.get("state") == "running"), None))
     daemon.cancel(number)
     agent.wait_for_words("cancelled")
@@ -329,12 +345,15 @@ def test_start_is_reported_before_the_machine_goes_down(agent, daemon):
     assert told["state"] == "done"
 
 
-def test_a_boot_that_is_over_stops_the_work_and_silences_the_agent(agent, daemon):
-    daemon.wait_for(lambda: daemon.reports)
+def test_a_boot_that_is_over_stops_the_work_and_silences_the_agent(agent, daemon, image):
+    daemon.files["/image"] = b"x" * 512
+    number = daemon.give("write", **{**image, "size": 512, "device": agent.add_stuck_disk()})
+    daemon.wait_for(lambda: [r for r in daemon.reports if r.get("state") == "running"])
+    worker = int((agent.folder / "state" / number / "pid").read_text())
     daemon.answers = [(403, {"error": "boot 41 is over"})]
     agent.wait_for_words("boot 41 is over")
 
-    assert not daemon.answers
+    assert not living(worker)
 
 
 def test_an_unknown_operation_is_refused(agent, daemon):
