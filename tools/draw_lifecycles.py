@@ -22,7 +22,7 @@ def draw() -> str:
     """The whole picture as SVG: one column per lifecycle, states from top to bottom, events as arcs to their right."""
     columns, height = [], 0
     for number, kind in enumerate(TABLES):
-        body, used = _column(kind, LEFT + (number % 2) * COLUMN, TOP + (number // 2) * 640)
+        body, used = _column(kind, LEFT + (number % 2) * COLUMN, TOP + (number // 2) * 510)
         columns.append(body)
         height = max(height, used)
     legend = "".join(

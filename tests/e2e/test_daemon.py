@@ -1,0 +1,155 @@
+"""nodepoold as a process, with the quick start's machines of thin air."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+BIN = Path(sys.executable).parent
+pytestmark = pytest.mark.e2e
+
+
+class Home:
+    """A folder with the quick start's YAML, and the daemon in it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.yaml = folder / "tools" / "fake.yaml"
+        self.yaml.parent.mkdir()
+        for name in ("fake.yaml", "fake-image-create"):
+            shutil.copy(ROOT / "tools" / name, folder / "tools")
+        self.log = folder / "log"
+        self.daemon = None
+
+    def edit(self, old, new):
+        text = self.yaml.read_text()
+        assert old in text
+        self.yaml.write_text(text.replace(old, new))
+
+    def start(self):
+        with self.log.open("ab") as log:
+            command = [BIN / "nodepoold", "-d", "-c", "tools/fake.yaml"]
+            self.daemon = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log)
+        self.until(lambda: self.cli("status").returncode == 0)
+
+    def end(self, number=signal.SIGTERM):
+        self.daemon.send_signal(number)
+        return self.daemon.wait(10)
+
+    def cli(self, *arguments):
+        env = {name: value for name, value in os.environ.items() if name != "NODEPOOL_URL"}
+        return subprocess.run(
+            [BIN / "nodepool", *arguments], cwd=self.folder, capture_output=True, text=True, check=False, env=env
+        )
+
+    def items(self, *arguments):
+        done = self.cli(*arguments, "--format", "json")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        return found["items"] if isinstance(found, dict) and "items" in found else found
+
+    def ready(self, count):
+        return lambda: len([node for node in self.items("list") if node["state"] == "ready"]) >= count
+
+    def until(self, true, seconds=30):
+        end = time.monotonic() + seconds
+        while not true():
+            assert self.daemon.poll() is None, self.log.read_text()
+            assert time.monotonic() < end, self.log.read_text()[-3000:]
+            time.sleep(0.1)  # the command line has no way to wait for this
+
+
+@pytest.fixture
+def home(tmp_path):
+    home = Home(tmp_path)
+    yield home
+    if home.daemon and home.daemon.poll() is None:
+        home.daemon.kill()
+        home.daemon.wait()
+
+
+def test_the_quick_start_is_ready_in_seconds_and_a_second_start_needs_no_cleaning(home):
+    home.start()
+    home.until(home.ready(3))
+    first = {node["id"] for node in home.items("list")}
+    assert "fake-debian" in home.cli("image-list").stdout
+    began = time.monotonic()
+    assert home.end() == 0
+    assert time.monotonic() - began < 5
+    home.start()
+    assert {node["id"] for node in home.items("list") if node["state"] == "ready"} == first
+
+
+def test_killed_in_the_middle_it_goes_on_after_a_restart(home):
+    home.start()
+    home.until(lambda: any(node["state"] == "building" for node in home.items("list")))
+    home.end(signal.SIGKILL)
+    home.start()
+    home.until(home.ready(3), seconds=60)
+
+
+def test_an_edited_yaml_is_picked_up_and_a_broken_edit_keeps_the_old_one(home):
+    home.start()
+    home.until(home.ready(3))
+    home.edit("min-ready: 2", "min-raedy: 2")
+    home.until(lambda: "did you mean" in home.log.read_text())
+    assert len(home.items("list")) == 3
+    assert "min-raedy" in home.cli("status").stdout
+    home.edit("min-raedy: 2", "min-ready: 4")
+    home.until(home.ready(5))
+
+
+def test_a_second_daemon_on_the_same_database_is_refused_with_a_sentence(home):
+    home.start()
+    second = subprocess.run(
+        [BIN / "nodepoold", "-d", "-c", "tools/fake.yaml"],
+        cwd=home.folder, capture_output=True, text=True, check=False, timeout=20,
+    )  # fmt: skip
+    assert second.returncode == 1
+    assert "another nodepoold already runs" in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+def test_a_request_is_filled_released_and_the_pool_full_again(home):
+    home.start()
+    done = home.cli("request", "fake-small=2", "--wait", "30", "--format", "json")
+    assert done.returncode == 0, done.stderr
+    request = json.loads(done.stdout)
+    assert [node["label"] for node in request["nodes"]] == ["fake-small"] * 2
+    assert home.cli("release", "--request", request["id"]).returncode == 0
+    home.until(home.ready(3))
+
+
+def test_detached_it_answers_before_the_command_returns(home):
+    done = subprocess.run(
+        [BIN / "nodepoold", "-c", "tools/fake.yaml"], cwd=home.folder, check=False, capture_output=True, timeout=30
+    )
+    assert done.returncode == 0, done.stderr
+    try:
+        assert home.cli("status").returncode == 0
+    finally:
+        pid = int((home.folder / "var/fake/nodepool.db.lock").read_text())
+        os.kill(pid, signal.SIGTERM)
+    end = time.monotonic() + 5
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < end, "it did not stop within 5 s"
+        time.sleep(0.05)  # not our child: there is nothing to wait on
+
+
+def test_a_yaml_that_cannot_be_used_is_told_with_every_problem(home):
+    home.edit("version: 1", "version: 1\nnonsense: 1")
+    home.edit("min-ready: 2", "min-ready: many")
+    done = subprocess.run(
+        [BIN / "nodepoold", "-d", "-c", "tools/fake.yaml"],
+        cwd=home.folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 2
+    assert "Traceback" not in done.stderr
