@@ -29,8 +29,12 @@ def own_address(network: Network) -> str:
     return network.address or network.gateway
 
 
-def render_conf(network: Network, folder: Path, user: str, unknown: str, prefix6: IPv6Network | None = None) -> str:
-    """dnsmasq.conf for one network; `folder` holds its files, `unknown` comes from `unknown_range`.
+def render_conf(
+    network: Network, folder: Path, account: tuple[str, str], unknown: str, prefix6: IPv6Network | None = None
+) -> str:
+    """dnsmasq.conf for one network.
+
+    `folder` holds its files, `account` is the user and the group that it runs as, `unknown` comes from `unknown_range`.
 
     With `prefix6`, a prefix that the interface has, routers are advertised there with a lifetime of 0: nobody routes by
     them, and iPXE does not wait for one that never answers.
@@ -42,7 +46,9 @@ def render_conf(network: Network, folder: Path, user: str, unknown: str, prefix6
         "port=0",  # no DNS
         "no-resolv",
         "no-hosts",
-        f"user={user}",
+        # Ours: with other rights it could not read its files, and the kernel would forget to end it with the daemon.
+        f"user={account[0]}",
+        f"group={account[1]}",
         f"interface={network.interface}",
         "except-interface=lo",
         "bind-interfaces",

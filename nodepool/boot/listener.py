@@ -1,7 +1,7 @@
 """The boot listener: HTTP for machines that boot, for the agents on them, and for the files that both fetch.
 
-One thread with one event loop serves every network.  The door's answers come from a small pool of threads, because it
-may block on the database.  A poll that finds nothing to do is held, as a future in a dictionary and nothing more,
+One thread with one event loop serves every network.  The door is asked on a small pool of threads, because it may block
+on the database.  A poll that finds nothing to do is held, as a future in a dictionary and nothing more,
 until the door names its boot or HOLD seconds are over.
 """
 
@@ -22,8 +22,9 @@ from aiohttp import web
 from aiohttp.abc import AbstractAccessLogger
 
 from nodepool.boot import ipxe
+from nodepool.boot.gather import Gathering
 from nodepool.boot.protocol import MAX_BODY, BadMessage, parse, render
-from nodepool.door import AgentDoor, Lines, Reply
+from nodepool.door import AgentDoor, Call, Lines, Reply
 from nodepool.errors import StoreUnavailable
 
 log = logging.getLogger("nodepool.boot")
@@ -32,7 +33,7 @@ HOLD = 20.0  # seconds that a poll is held at most; agents give an answer 25
 GATHER = 0.05  # seconds in which wake-ups are gathered before the door is asked once for all
 RETRY = 5  # seconds after which an agent asks again when the store does not answer
 STOP = 1.0  # seconds that requests get to end when the listener stops
-DOOR_THREADS = 8
+DOOR_THREADS = 4
 
 Place = tuple[str, int]  # address and port
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -55,6 +56,7 @@ class Listener:
         self._sites: dict[Place, web.TCPSite] = {}
         self._held: dict[str, set[asyncio.Future[None]]] = {}
         self._woken = asyncio.Event()
+        self._calls = Gathering(door, self._pool)
         self._stopping = False
         self._runner: web.AppRunner | None = None
 
@@ -112,15 +114,16 @@ class Listener:
             app, access_log_class=_AccessLog, access_log=log, shutdown_timeout=STOP, handle_signals=False
         )
         await self._runner.setup()
-        self._waker = asyncio.create_task(self._answer_held())
+        self._tasks = [asyncio.create_task(self._answer_held()), asyncio.create_task(self._calls.run())]
 
     async def _end(self) -> None:
         self._stopping = True
-        self._waker.cancel()
-        await asyncio.wait([self._waker])
         self._release(set(self._held))
         if self._runner:
             await self._runner.cleanup()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
 
     async def _serve(self, places: set[Place]) -> dict[Place, str]:
         assert self._runner is not None
@@ -153,12 +156,12 @@ class Listener:
 
     async def _hello(self, request: web.Request) -> web.Response:
         lines = parse(await request.read())
-        return _response(await self._ask(self._door.hello, lines, request.remote or ""))
+        return _response(await self._calls.answer(Call("hello", lines, request.remote or "")))
 
     async def _poll(self, request: web.Request) -> web.Response:
         lines, peer = parse(await request.read()), request.remote or ""
         if "operation" in lines:
-            return _response(await self._ask(self._door.poll, lines, peer))
+            return _response(await self._calls.answer(Call("poll", lines, peer)))
         return _response(await self._hold(lines, peer))
 
     async def _hold(self, lines: Lines, peer: str) -> Reply:
@@ -169,7 +172,7 @@ class Listener:
             news = self._loop.create_future()  # made before the door is asked: what happens meanwhile is not missed
             self._held.setdefault(boot, set()).add(news)
             try:
-                reply = await self._ask(self._door.poll, lines, peer)
+                reply = await self._calls.answer(Call("poll", lines, peer))
                 if not reply.idle or self._stopping:
                     return reply
                 await asyncio.wait([news], timeout=until - self._loop.time())

@@ -6,6 +6,7 @@ PR_SET_PDEATHSIG), however the daemon dies.
 
 from __future__ import annotations
 
+import grp
 import logging
 import os
 import pwd
@@ -221,8 +222,8 @@ class Dnsmasq:
         tftp.mkdir(parents=True, exist_ok=True)
         self._copy_firmware(tftp)
         unknown = dnsmasq.unknown_range(self.network, self._machines)
-        user = pwd.getpwuid(os.geteuid()).pw_name
-        conf = dnsmasq.render_conf(self.network, self._folder, user, unknown, _prefix6(self.network.interface))
+        account = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(os.getegid()).gr_name
+        conf = dnsmasq.render_conf(self.network, self._folder, account, unknown, _prefix6(self.network.interface))
         _write(self._folder / dnsmasq.HOSTS, dnsmasq.render_hosts(self._machines).encode())
         return _write(self._folder / CONF, conf.encode())
 
