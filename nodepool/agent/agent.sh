@@ -25,7 +25,7 @@ PROOF=${NODEPOOL_PROOF:-/run/proof}        # a small file system in RAM: see rea
 REBOOT=${NODEPOOL_REBOOT:-}                # how to restart this machine; set in the ramdisk alone
 REPORT_EVERY=${NODEPOOL_REPORT_EVERY:-5}   # seconds between reports on work that goes on
 PATIENCE=${NODEPOOL_PATIENCE:-120}         # seconds a broken transfer is tried anew before it has failed
-PIECE=${NODEPOOL_PIECE:-33554432}          # bytes of an image that are fetched at a time into RAM
+PIECE=${NODEPOOL_PIECE:-67108864}          # bytes of an image that are fetched at a time into RAM
 STEP=1073741824                            # bytes that are zeroed at a time
 
 dd() { /bin/dd "$@"; }
@@ -237,7 +237,7 @@ reads_as_zeros() {
     copy=$PROOF/$1
     rm -f "$copy"
     blockdev --flushbufs "$DEV/$1" 2>/dev/null
-    dd if="$DEV/$1" of="$copy" bs=512K iflag=direct conv=sparse status=progress 2>"$OP/meter.$1.log"
+    dd if="$DEV/$1" of="$copy" bs=1M iflag=direct conv=sparse status=progress 2>"$OP/meter.$1.log"
     status=$?
     blocks=$(stat -c %b "$copy")
     length=$(stat -c %s "$copy")
@@ -407,7 +407,7 @@ disk_sha256() {
     sync
     blockdev --flushbufs "$DEV/$1" 2>/dev/null
     {
-        dd if="$DEV/$1" bs=512K count="$whole" iflag=direct,count_bytes status=progress 2>"$OP/meter.verify.log" ||
+        dd if="$DEV/$1" bs=1M count="$whole" iflag=direct,count_bytes status=progress 2>"$OP/meter.verify.log" ||
             fail disk-readback "cannot read $1 back: $(last_words "$OP/meter.verify.log")"
         [ "$whole" = "$2" ] || dd if="$DEV/$1" iflag=skip_bytes,count_bytes skip="$whole" count=$(($2 - whole)) status=none
     } | sha256
@@ -785,8 +785,12 @@ obey() {
         number "$seconds" || seconds=$REPORT_EVERY
         [ "$seconds" = 0 ] || sleep "$seconds"
     fi
-    # A worker that ends meanwhile opens the FIFO.
-    [ -z "$current" ] || [ -e "$STATE/results/$current" ] || timeout "$REPORT_EVERY" cat "$STATE/news" >/dev/null
+    [ -z "$current" ] || [ -e "$STATE/results/$current" ] || wait_for_news
+}
+
+# wait_for_news: until a worker ends, which opens the FIFO, or the next report is due.
+wait_for_news() {
+    { timeout "$REPORT_EVERY" cat "$STATE/news"; } >/dev/null 2>&1
 }
 
 # take_up ID: the answer holds this operation.

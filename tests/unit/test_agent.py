@@ -165,3 +165,40 @@ def test_a_tools_last_words_leave_out_its_figures(tmp_path):
     )
 
     assert call(f"last_words {tmp_path}/log") == "dd: error writing '/dev/vda': No space left\n"
+
+
+def erase(folder, change):
+    """Erase one disk with old bytes on it, the kernel's answer to it changed; the method, or why it failed."""
+    disk(folder, "vda", size=4096)
+    put(folder, "dev/vda", b"\xaa" * 4096 * 512)
+    put(folder, "op/instruction", "kind=erase\n")
+    for name in ("state", "proof"):
+        (folder / name).mkdir()
+    call(f"exec 2>/dev/null; PROOF={folder}/proof OP={folder}/op; {change}; (erase_disk vda)", folder=folder)
+    return (folder / "op/method.vda").read_text() if (folder / "op/method.vda").exists() else ""
+
+
+def test_a_disk_that_says_it_is_zero_and_is_not_is_written_over(tmp_path):
+    assert erase(tmp_path, "blkdiscard() { :; }") == "zero"
+    assert (tmp_path / "dev/vda").read_bytes() == bytes(4096 * 512)
+
+
+def test_a_disk_that_was_told_and_has_done_so_is_not_written_again(tmp_path):
+    obeys = 'blkdiscard() { dd if=/dev/zero of="$DEV/vda" bs=1M count=2 conv=notrunc; }; zero_by_writing() { exit 9; }'
+
+    assert erase(tmp_path, obeys) == "blkdiscard"
+
+
+def test_one_byte_that_stays_is_a_failed_erase_and_the_disk_does_not_count_as_erased(tmp_path):
+    keeps = 'zero_by_writing() { truncate -s 0 "$DEV/vda"; truncate -s 2097151 "$DEV/vda"; printf x >>"$DEV/vda"; }'
+
+    assert erase(tmp_path, keeps) == ""
+    assert "code=disk-erase" in (tmp_path / "op/result").read_text()
+    assert not (tmp_path / "state/erased.vda").exists()
+
+
+def test_a_disk_that_ends_early_is_a_failed_erase(tmp_path):
+    ends = 'zero_by_writing() { truncate -s 0 "$DEV/vda"; truncate -s 2093056 "$DEV/vda"; }'
+
+    assert erase(tmp_path, ends) == ""
+    assert "2093056" in (tmp_path / "op/result").read_text()
