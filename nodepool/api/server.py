@@ -97,6 +97,10 @@ class _Server(uvicorn.Server):
         self.settled.set()
         await self._stopping.wait()
         self._changes.close()
+        for server in self.servers:  # a connection that is half taken when asyncio closes the listener is never closed
+            for listener in server.sockets:
+                self._loop.remove_reader(listener.fileno())
+        await asyncio.sleep(0.01)
 
     def stop(self) -> None:
         """From any thread: end `main_loop`."""

@@ -15,6 +15,8 @@ from nodepool.cmd.tables import pairs, plain, table
 Item = dict[str, Any]
 Pair = tuple[str, object]
 
+_ALIVE = frozenset({"ready", "in-use", "hold"})  # states in which a node can be logged in to
+
 
 def show(client: Client, args: argparse.Namespace) -> int:
     """`show`: digits are a node's id, anything else a machine's name (as are digits that are no node's)."""
@@ -62,7 +64,7 @@ def _node(item: Item) -> str:
     facts: list[Pair] = [
         ("label", f"{item['label']} (image {item['image']}, build {item['build_id']})"),
         ("machine", f"{item['machine']} (provider {item['provider']}, pool {item['pool']})"),
-        ("login", f"ssh{port} {item['username']}@{item['address']}" if item["host_key"] and item["address"] else ""),
+        ("login", f"ssh{port} {item['username']}@{item['address']}" if item["state"] in _ALIVE else ""),
         ("host key", item["host_key"]),
         ("request", item["request_id"]),
         ("comment", item["comment"]),

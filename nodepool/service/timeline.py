@@ -67,7 +67,7 @@ def _stretch(
 
 
 def _pause(phase: str, state: str, start: int, end: int, *, lasts: bool = False) -> dict[str, Any]:
-    return _phase(phase, state, start, end) | {"result": "running" if lasts else ""}
+    return _phase(phase, state, start, end) | {"result": "lasts" if lasts else ""}
 
 
 def _step(operation: Operation, now: int) -> dict[str, Any]:

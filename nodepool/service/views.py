@@ -118,8 +118,8 @@ def _work_trouble(work: Work, operations: Sequence[Operation], tries: int, now: 
 # Nodes
 
 
-def node(record: Node, now: int, operation: Operation | None = None, *, detail: bool = True) -> View:
-    """A node; without `detail` what a list shows."""
+def node(record: Node, now: int, doing: str | None = None, *, detail: bool = True) -> View:
+    """A node, `doing` what its job is at; without `detail` what a list shows."""
     view = {
         "id": str(record.id),
         "label": record.label,
@@ -131,7 +131,7 @@ def node(record: Node, now: int, operation: Operation | None = None, *, detail: 
         "since": when(record.since),
         "age": round(seconds_between(record.since, now), 3),
         "locked": record.state != NodeState.READY or record.request_id is not None,
-        "at": at(record.work, operation),
+        "at": at(record.work) if doing is None else doing,
         "failure": record.failure,
     }
     if detail:
@@ -165,8 +165,21 @@ def nodes(tx: Tx, wanted: NodeFilter, part: Page, *, detail: bool = False) -> Vi
     if wanted.provider:
         where.append(c.provider == wanted.provider)
     found = tx.select(Node, *where, limit=part.limit + 1)
-    running = operations_of_nodes(tx) if any(record.state in _WORKING for record in found) else {}
-    return page(found, part.limit, lambda n: node(n, tx.now, running.get(n.id), detail=detail))
+    working = any(record.state in _WORKING for record in found)
+    running = operations_of_nodes(tx) if working else {}
+    broken = {m.id for m in tx.select(Machine, t.machines.c.state == str(MachineState.BROKEN))} if working else set()
+
+    def view(record: Node) -> View:
+        doing = _node_at(record, running.get(record.id), broken=record.machine_id in broken)
+        return node(record, tx.now, doing, detail=detail)
+
+    return page(found, part.limit, view)
+
+
+def _node_at(record: Node, operation: Operation | None, *, broken: bool) -> str:
+    if record.state is NodeState.DELETING and broken:
+        return f"its machine is broken; nodepool show {record.machine} says why"
+    return at(record.work, operation)
 
 
 def operations_of_nodes(tx: Tx) -> dict[int, Operation]:
@@ -183,20 +196,23 @@ def node_in_full(tx: Tx, catalog: Catalog, record: Node) -> View:
     events = tx.select(Event, t.events.c.node_id == record.id, t.events.c.subject_kind == "node")
     gone = record.since if record.state is NodeState.DELETED else tx.now
     ready = seconds_between(record.created_at, record.ready_at) if record.ready_at else None
-    return node(record, tx.now, operations[-1] if operations else None) | {
-        "trouble": _node_trouble(catalog, record, operations, tx.now),
+    under = tx.find(Machine, record.machine_id)
+    stuck = under is not None and under.state is MachineState.BROKEN
+    doing = _node_at(record, operations[-1] if operations else None, broken=stuck)
+    return node(record, tx.now, doing) | {
+        "trouble": _node_trouble(catalog, record, operations, doing, tx.now),
         "timeline": timeline.of_node(record, events, operations, tx.now),
         "ready_seconds": ready,
         "total_seconds": round(seconds_between(record.created_at, gone), 3),
     }
 
 
-def _node_trouble(catalog: Catalog, record: Node, operations: Sequence[Operation], now: int) -> View | None:
+def _node_trouble(catalog: Catalog, record: Node, operations: Sequence[Operation], doing: str, now: int) -> View | None:
     if record.failure:
         following = {
             NodeState.FAILED: "the node is taken down next, and another one is built where it is wanted",
             NodeState.HOLD: "nothing: it is held for somebody to look at",
-            NodeState.DELETING: f"it is being taken down: {at(record.work) or 'see its machine'}",
+            NodeState.DELETING: f"it is being taken down: {doing}",
         }.get(record.state, "nothing: the node is gone")
         return trouble(record.failure_phase, record.failure, record.failure_code, following)
     provider = catalog.provider(record.provider)
@@ -353,9 +369,6 @@ def requests(tx: Tx, state: str, part: Page, why: Callable[[Request], Sequence[s
 def request_in_full(tx: Tx, record: Request, given: Sequence[Node], waiting_for: Sequence[str]) -> View:
     """A request with its nodes as one logs in to them."""
     return request(record, [node(found, tx.now) for found in given], waiting_for, tx.now)
-
-
-# Events
 
 
 def event(record: Event) -> View:
