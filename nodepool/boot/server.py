@@ -34,6 +34,7 @@ CONF = "dnsmasq.conf"
 
 _SERVING = "started, version"  # it has its sockets when it logs this
 _FIRMWARE = (Path("/usr/lib/ipxe"), Path("/usr/share/ipxe"))  # where distributions keep iPXE's files
+_SYSTEM_PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
 _IF_INET6 = Path("/proc/thread-self/net/if_inet6")
 _PERMANENT, _GLOBAL = 0x80, 0x00  # IFA_F_PERMANENT; the scope that neither is of the link nor of the host
 
@@ -267,7 +268,7 @@ def _write(path: Path, content: bytes) -> bool:
 
 def _tool(name: str) -> str | None:
     """Where a system tool is; daemons may lack the sbin folders in their PATH."""
-    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/bin:/bin")
+    return shutil.which(name) or shutil.which(name, path=_SYSTEM_PATH)
 
 
 def _prefix6(interface: str) -> IPv6Network | None:
