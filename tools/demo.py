@@ -43,6 +43,7 @@ diskimages:
     elements: [debian-minimal, nodepool-node]
     formats: [raw]
     rebuild-age: 7d
+    env-vars: {{DIB_NODEPOOL_KERNEL: linux-image-cloud-amd64}}  # enough for virtual machines, and small
     # the daemon lives in the rack's network namespace; the package mirrors are in that of the machine
     dib-cmd: {dib}
 labels:

@@ -70,7 +70,7 @@ class Service:
         self._referee = LocalReferee(self._store, self._lock())
         self._office = self._referee.take_office()
         self._desk = Desk(self._store, self._current)
-        self._world = fake.World(self._desk, clock)
+        self._world = fake.World(Desk(self._store, self._current), clock)  # each end hears of its own agents' work
         self._world.configure(config)
         revive(self._store, self._world)
         self._power = open_power(lambda: not self.lost_office)

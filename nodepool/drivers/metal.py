@@ -6,6 +6,8 @@ on; a job that finds an agent already waiting starts behind that (`entry`).
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from nodepool.clock import micros
 from nodepool.drivers.step import Context, Done, Jobs, Outcome, Step, Wait
 from nodepool.errors import Code, Permanent, Temporary
@@ -123,9 +125,9 @@ def write_order(ctx: Context) -> dict[str, str]:
             f" {gigabytes(disk[1])}: choose a smaller image or another root-device",
             Code.DISK_TOO_SMALL,
         )
-    encoding, suffix = ("zstd", "raw.zst") if "raw.zst" in build.files else ("raw", "raw")
+    encoding, file = ("zstd", build.files["raw.zst"]) if "raw.zst" in build.files else ("raw", build.files["raw"])
     return {
-        "url": f"{base_url(ctx)}/files/images/{build.id}.{suffix}",
+        "url": f"{base_url(ctx)}/files/images/{Path(file).name}",
         "size": str(build.size),
         "sha256": build.sha256,
         "encoding": encoding,
