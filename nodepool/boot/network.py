@@ -37,6 +37,8 @@ class NetworkBoot:
         self._servers: dict[str, Dnsmasq] = {}
         self._applied: Config | None = None
         self._problems: tuple[str, ...] = ()
+        self._again_at = 0  # when to try again what could not be had
+        self._running = False
 
     @property
     def sentence(self) -> str:
@@ -53,6 +55,7 @@ class NetworkBoot:
         NodepoolError with the remedy when one cannot be served; nothing is left then.
         """
         with self._lock:
+            self._running = True
             self._apply()
         if self._problems:
             self.stop()
@@ -61,17 +64,19 @@ class NetworkBoot:
     def stop(self) -> None:
         """End everything; held polls are answered first."""
         with self._lock:
-            for server in self._servers.values():
-                server.stop()
-            self._servers = {}
+            self._running = False
             if self._listener is not None:
                 self._listener.stop()
                 self._listener = None
-            self._applied = None
+            for server in self._servers.values():
+                server.stop()
+            self._servers = {}
 
     def refresh(self) -> None:
         """Serve as the configuration says now; what cannot be is said and tried again later."""
         with self._lock:
+            if not self._running:
+                return
             before = self._problems
             self._apply()
             for problem in self._problems:
@@ -83,9 +88,11 @@ class NetworkBoot:
 
         Gives when to look again (microseconds UTC).
         """
-        if self._problems or self._config() is not self._applied:
+        now = self._clock.now()
+        if self._config() is not self._applied or (self._problems and now >= self._again_at):
             self.refresh()
-        return self._clock.now() + (AGAIN if self._problems else EVERY) * SECOND
+            self._again_at = now + AGAIN * SECOND
+        return self._again_at if self._problems else now + EVERY * SECOND
 
     def wake(self) -> None:
         """Something was committed: agents that wait may have work.  Called from any thread, never blocks."""
@@ -124,16 +131,16 @@ class NetworkBoot:
             self._servers.pop(name).stop()
         problems = []
         for name in sorted(managed):
-            if name in self._servers:
-                self._servers[name].update(networks[name], machines[name])
-                continue
-            server = Dnsmasq(networks[name], machines[name], self._folder / name)
+            server = self._servers.get(name)
             try:
-                server.start()
+                if server is not None:
+                    server.update(networks[name], machines[name])
+                else:
+                    server = Dnsmasq(networks[name], machines[name], self._folder / name)
+                    server.start()
+                    self._servers[name] = server
             except NodepoolError as error:
                 problems.append(str(error))
-            else:
-                self._servers[name] = server
         return problems
 
 

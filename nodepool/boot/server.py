@@ -26,7 +26,7 @@ from nodepool.errors import NodepoolError
 
 log = logging.getLogger("nodepool.boot.dnsmasq")
 
-START = 10.0  # seconds until it serves
+START = 4.0  # seconds until it serves; it needs a fraction of one
 END = 2.0  # seconds to end in peace
 BACKOFF, BACKOFF_MOST = 1.0, 60.0  # seconds before it is started again
 SOUND = 60.0  # seconds of running after which a death counts as the first again
@@ -82,13 +82,23 @@ class Dnsmasq:
             raise NodepoolError(self._trouble)
 
     def update(self, network: Network, machines: Sequence[MachineSpec]) -> None:
-        """Serve with these settings and reservations from now on; does nothing when they are the old ones."""
+        """Serve with these settings and reservations from now on; does nothing when they are the old ones.
+
+        NodepoolError when they cannot be written; the old ones stay in force then.
+        """
         with self._lock:
-            if (network, tuple(machines)) == (self.network, self._machines):
+            before = (self.network, self._machines)
+            if (network, tuple(machines)) == before:
                 return
             self.network, self._machines = network, tuple(machines)
+            try:
+                changed = self._write_files()
+            except OSError as error:
+                self.network, self._machines = before
+                raise NodepoolError(
+                    f"network {network.name}: cannot write {error.filename or self._folder}: {error.strerror}"
+                ) from error
             self._outdated = True
-            changed = self._write_files()
             if not changed and not dnsmasq.stale(self._leases(), self._machines):
                 self._tell()
             elif self._process is not None:
