@@ -38,7 +38,7 @@ def request(client: Client, args: argparse.Namespace) -> int:
         print(f"\n{_stays(made)}", file=sys.stderr)
         return FAILED
     if made["state"] in _UNSETTLED:
-        raise CommandError(f"not fulfilled within {args.wait:.0f} s: {_stays(made)}")
+        raise CommandError(f"not fulfilled within {args.wait:g} s: {_stays(made)}")
     text = "\n".join([f"request {made['id']} is {made['state']}", *request_nodes(made["nodes"])])
     if made["state"] == "fulfilled":
         return _output(args, made, text)

@@ -73,8 +73,8 @@ class Pool:
         kit = Kit(fake.JOBS, fake.entry, lambda _provider: ports)
         parts = Parts({"fake": kit}, self._make, InlineExecutor(), InlineExecutor(), NoMetrics())
         self.daemon = Daemon(self.store, self.current, parts, {"world": self.world})
-        self.looked = threading.Event()  # the API has just read the planner's reasons
-        self.looks = 0
+        self.looks = 0  # how often the API has read the planner's reasons
+        self._looked = threading.Condition()
         app = create_app(self.store, self.current, self._reasons, self._status)
         self.server = ApiServer(app, self.path)
         self.sick = False
@@ -83,9 +83,15 @@ class Pool:
         self.commits += 1
 
     def _reasons(self):
-        self.looks += 1
-        self.looked.set()
+        with self._looked:
+            self.looks += 1
+            self._looked.notify_all()
         return self.daemon.planner.reasons
+
+    def wait_for_looks(self, count):
+        """Until the API has read the planner's reasons so often."""
+        with self._looked:
+            assert self._looked.wait_for(lambda: self.looks >= count, 20)
 
     def _status(self):
         if self.sick:

@@ -125,10 +125,9 @@ def test_a_request_that_waits_says_for_what(pool):
 def test_whoever_waits_is_woken_by_the_commit_that_fulfils(pool):
     pool.until("ready")
     number = pool.request("small")
-    pool.looked.clear()
     looks = pool.looks
     with beside(lambda: pool.get(f"/requests/{number}?wait=60")) as answers:
-        assert pool.looked.wait(10)
+        pool.wait_for_looks(looks + 1)
         began = time.monotonic()
         pool.settle()
     assert answers[0].body["state"] == "fulfilled"

@@ -85,9 +85,9 @@ def test_a_socket_that_somebody_else_has_put_there_is_left(pool):
 def test_a_stop_ends_those_who_wait_with_what_is_known(pool):
     pool.server.start()
     number = pool.request("small")
-    pool.looked.clear()
+    looks = pool.looks
     with beside(lambda: pool.get(f"/requests/{number}?wait=60")) as answers:
-        assert pool.looked.wait(10)
+        pool.wait_for_looks(looks + 1)
         began = time.monotonic()
         pool.server.stop()
         took = time.monotonic() - began
