@@ -1,14 +1,16 @@
 """The command line without a daemon: its words, its tables, where it looks for the socket."""
 
+import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from nodepool.api.keys import public_key, public_keys
 from nodepool.cmd import cli
-from nodepool.cmd.cli import COMMANDS, main
+from nodepool.cmd.cli import COMMANDS, LOCAL, main
 from nodepool.cmd.client import Client, CommandError, sockets
 from nodepool.cmd.tables import pairs, table
 
@@ -141,6 +143,12 @@ def test_every_command_names_a_function_that_exists():
     for command in COMMANDS.values():
         module, _, function = command.run.partition(":")
         assert callable(getattr(cli.importlib.import_module(f"nodepool.cmd.{module}"), function))
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *LOCAL])
+def test_the_manual_has_every_command(command):
+    manual = (Path(__file__).parents[2] / "doc" / "cli.rst").read_text()
+    assert re.search(rf"``{command}[ `]", manual)
 
 
 @pytest.mark.parametrize("comment", ["", "me@here", "two words"])
