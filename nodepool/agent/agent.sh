@@ -464,7 +464,10 @@ grow() {
 grow_file_system() {
     folder=$OP/root
     mkdir -p "$folder"
-    if mount -t ext4 "$DEV/$1" "$folder" 2>/dev/null; then
+    magic=$(dd if="$DEV/$1" bs=1 skip=1080 count=2 status=none | od -An -tx1 | tr -d ' ')
+    if [ "$magic" = 53ef ]; then
+        mount -t ext4 "$DEV/$1" "$folder" 2>"$OP/mount.err" ||
+            fail image-unreadable "the file system on $1 cannot be mounted: $(last_words "$OP/mount.err")"
         resize2fs "$DEV/$1" >"$OP/resize.err" 2>&1
         status=$?
         umount "$folder"

@@ -53,6 +53,12 @@ BUILD_TOOLS = {"apt-cache": "apt", "apt-get": "apt", "depmod": "kmod", "dpkg-deb
 # What servers have: disks, network cards and the file systems of images.  Patterns of paths below `kernel/`; what the
 # chosen kernel does not have is left out, what the chosen modules need is added.
 MODULES = (
+    "arch/x86/crypto/crc32c-intel.ko",  # file systems and disks ask for checksums by name: no dependency says so
+    "crypto/blake2b_generic.ko",
+    "crypto/crc32c_generic.ko",
+    "crypto/crct10dif*.ko",
+    "crypto/sha256_generic.ko",
+    "crypto/xxhash_generic.ko",
     "drivers/ata/*",
     "drivers/block/virtio_blk.ko",
     "drivers/char/hw_random/virtio-rng.ko",

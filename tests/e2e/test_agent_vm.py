@@ -18,7 +18,7 @@ from agent_server import Daemon
 from nodepool.image.ramdisk import build_ramdisk
 
 MIB = 1024 * 1024
-BUILT = Path(__file__).parents[2] / "var/agent-rack"
+BUILT = Path(__file__).parents[2] / "var/agent-test"
 ROOT_START = 2 * MIB
 KEY = 'ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIEfx nodepool\'s "own" key'
 
@@ -76,10 +76,15 @@ class Booted:
         self.daemon = daemon
         self.roomy = old_disk(folder / "roomy.raw", 192 * MIB)
         self.small = old_disk(folder / "small.raw", 32 * MIB)
-        files = build_ramdisk(BUILT, lambda _: None, "linux-image-cloud-amd64")
+        files = build_ramdisk(BUILT, lambda _: None)
         words = f"nodepool.url={daemon.url} nodepool.token={daemon.token} nodepool.mac={lab.mac}"
-        drives = [f"file={self.roomy},discard=ignore", f"file={self.small},discard=unmap"]
-        self.qemu = lab.boot(files.kernel, files.initrd, words, drives)
+        devices = [
+            *("-drive", f"file={self.roomy},if=none,id=d0,format=raw,cache=unsafe,discard=ignore"),
+            *("-device", "ide-hd,drive=d0,bus=ide.0,serial=ROOMY,wwn=0x5000c50015ea71aa"),
+            *("-drive", f"file={self.small},if=none,id=d1,format=raw,cache=unsafe,discard=unmap"),
+            *("-device", "nvme,drive=d1,serial=SMALL"),
+        ]
+        self.qemu = lab.boot(files.kernel, files.initrd, words, devices)
         self.hello = daemon.wait_for(lambda: daemon.hellos)[0]
 
     def write(self, content, device, **more):
@@ -107,14 +112,14 @@ def erased(machine):
 def written(machine, erased, image):
     content = image.read_bytes()
     return machine.write(
-        content, "vda", size=len(content), sha256=hashlib.sha256(content).hexdigest(), encoding="raw", min_size=0
+        content, "sda", size=len(content), sha256=hashlib.sha256(content).hexdigest(), encoding="raw", min_size=0
     )
 
 
 @pytest.fixture(scope="module")
 def configured(machine, written):
     return machine.daemon.carry_out(
-        "configure", device="vda", hostname="node-0000000007", user="ops", authorized_keys=f"{KEY}\n", instance_id="n7"
+        "configure", device="sda", hostname="node-0000000007", user="ops", authorized_keys=f"{KEY}\n", instance_id="n7"
     )
 
 
@@ -126,20 +131,22 @@ def test_the_machine_says_what_it_is(machine):
     assert told["fact.vendor"] == "QEMU"
     assert told["nic.0.mac"] == "52:54:00:a9:e7:01"
     assert [(told[f"disk.{n}.name"], int(told[f"disk.{n}.size"]), told[f"disk.{n}.serial"]) for n in (0, 1)] == [
-        ("vda", 192 * MIB, "DISK0"),
-        ("vdb", 32 * MIB, "DISK1"),
+        ("sda", 192 * MIB, "ROOMY"),
+        ("nvme0n1", 32 * MIB, "SMALL"),
     ]
+    assert told["disk.0.wwn"] == "naa.5000c50015ea71aa"
+    assert (told["disk.0.rotational"], told["disk.1.rotational"]) == ("1", "0")
     assert 400 * MIB < int(told["fact.memory"]) < 512 * MIB
 
 
 def test_after_erase_no_old_byte_is_on_any_disk_though_one_ignores_discard(machine, erased):
-    assert (erased["state"], erased.get("result.disks")) == ("done", "vda,vdb"), erased
+    assert (erased["state"], erased.get("result.disks")) == ("done", "sda,nvme0n1"), erased
     assert machine.roomy.read_bytes() == bytes(192 * MIB)
     assert machine.small.read_bytes() == bytes(32 * MIB)
 
 
 def test_an_image_larger_than_the_disk_is_refused_before_a_byte_is_written(machine, erased, image):
-    told = machine.write(image.read_bytes(), "vdb", size=64 * MIB, sha256="0" * 64, encoding="raw", min_size=0)
+    told = machine.write(image.read_bytes(), "nvme0n1", size=64 * MIB, sha256="0" * 64, encoding="raw", min_size=0)
 
     assert told["code"] == "disk-too-small"
     assert machine.small.read_bytes() == bytes(32 * MIB)
@@ -149,7 +156,7 @@ def test_an_altered_byte_is_found_out(machine, erased):
     content = bytearray(os.urandom(MIB))
     sha256 = hashlib.sha256(content).hexdigest()
     content[4711] ^= 1
-    told = machine.write(bytes(content), "vdb", size=MIB, sha256=sha256, encoding="raw", min_size=0)
+    told = machine.write(bytes(content), "nvme0n1", size=MIB, sha256=sha256, encoding="raw", min_size=0)
 
     assert told["code"] == "image-altered", told
 
@@ -157,7 +164,7 @@ def test_an_altered_byte_is_found_out(machine, erased):
 def test_what_is_on_the_disk_is_the_image_byte_by_byte(machine, erased):
     content = os.urandom(5 * MIB) + bytes(6 * MIB) + os.urandom(4096 + 512)
     sha256 = hashlib.sha256(content).hexdigest()
-    told = machine.write(content, "vdb", size=len(content), sha256=sha256, encoding="raw", min_size=0)
+    told = machine.write(content, "nvme0n1", size=len(content), sha256=sha256, encoding="raw", min_size=0)
 
     assert (told["state"], told.get("result.sha256")) == ("done", sha256), told
     assert machine.small.read_bytes()[: len(content)] == content
@@ -214,7 +221,7 @@ def test_the_file_system_was_left_clean(machine, configured, tmp_path):
 
 
 def test_start_restarts_the_machine_after_it_was_reported(machine, configured):
-    told = machine.daemon.carry_out("start", method="reboot", device="vda")
+    told = machine.daemon.carry_out("start", method="reboot", device="sda")
 
     assert told["state"] == "done"
     assert machine.qemu.wait(20) == 0  # QEMU was told to end where the machine would start again
