@@ -83,14 +83,16 @@ def at(work: Work, operation: Operation | None = None) -> str:
     """What a row that is worked on is at: its step, how far it is, what it waits for."""
     if not work.step:
         return work.waiting
-    doing = work.step
+    doing, waiting = work.step, work.waiting
     if operation is not None and operation.kind == work.step and operation.state in _OPEN_OPERATIONS:
+        if operation.state is OperationState.RUNNING:
+            waiting = ""  # an agent is at it: that it is waited for says nothing more
         if operation.total:
             doing += f" {100 * operation.done // operation.total}%"
         if operation.phase_now and operation.phase_now != work.step:
             doing += f" ({operation.phase_now})"
-    if doing == work.step and work.waiting:
-        doing += f": {work.waiting}"
+    if doing == work.step and waiting:
+        doing += f": {waiting}"
     return doing + (f" [attempt {work.attempt}]" if work.attempt > 1 else "")
 
 
@@ -113,9 +115,6 @@ def _work_trouble(work: Work, operations: Sequence[Operation], tries: int, now: 
         f"goes on in {span(ahead)}" if ahead > 0 else f"is under way, at {work.step or 'its start'}"
     )
     return trouble(phase, reason, work.code, following)
-
-
-# Nodes
 
 
 def node(record: Node, now: int, doing: str | None = None, *, detail: bool = True) -> View:
@@ -217,9 +216,6 @@ def _node_trouble(catalog: Catalog, record: Node, operations: Sequence[Operation
         return trouble(record.failure_phase, record.failure, record.failure_code, following)
     provider = catalog.provider(record.provider)
     return _work_trouble(record.work, operations, provider.launch_retries if provider else 1, now)
-
-
-# Machines
 
 
 def machine(catalog: Catalog, record: Machine, doing: str, now: int) -> View:
@@ -328,9 +324,6 @@ def _life(record: Node, now: int) -> View:
         "total_seconds": round(seconds_between(record.created_at, end), 3),
         "failure": record.failure,
     }
-
-
-# Requests
 
 
 def request(record: Request, given: Sequence[View], waiting_for: Sequence[str], now: int) -> View:
