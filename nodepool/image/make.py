@@ -56,7 +56,7 @@ def make_image(image: DiskImage, build_id: str, paths: ImagePaths, progress: Pro
     """
     started = time.monotonic()
     log_file = retention.log_of(paths.log_dir, image.name, build_id)
-    scratch = retention.scratch_of(paths.images_dir, image.name, build_id)
+    scratch = retention.scratch_of(paths.images_dir.absolute(), image.name, build_id)  # commands may change folders
     try:
         paths.log_dir.mkdir(parents=True, exist_ok=True)
         paths.images_dir.mkdir(parents=True, exist_ok=True)

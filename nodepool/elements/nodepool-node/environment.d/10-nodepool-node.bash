@@ -1,6 +1,5 @@
-# The kernel package.  The generic kernel drives real servers; virtual machines boot quicker with
-# linux-image-cloud-amd64, which leaves the drivers of real hardware out.
-export DIB_NODEPOOL_KERNEL=${DIB_NODEPOOL_KERNEL:-linux-image-${ARCH:-amd64}}
+# DIB_NODEPOOL_KERNEL names the kernel's package; when it is empty the root element decides.
+export DIB_NODEPOOL_KERNEL=${DIB_NODEPOOL_KERNEL:-}
 
 # The kernel's command line, less its root= (the assembly knows that); the name is diskimage-builder's own.
 export DIB_BOOTLOADER_DEFAULT_CMDLINE=${DIB_BOOTLOADER_DEFAULT_CMDLINE:-quiet console=tty0 console=ttyS0,115200n8}
