@@ -25,6 +25,7 @@ from nodepool.cmd.client import Client, CommandError
 VAR = Path("var")
 BIN = Path(sys.executable).parent
 LABEL = "debian-12-metal"
+KERNEL = "linux-image-cloud-amd64"  # has what virtual machines need, and boots 5 s sooner than the one for all
 NEEDS_DISK = 4 << 30  # bytes: an image build and its caches
 NEEDS_MEMORY = 1800 << 20  # bytes: QEMU with its translation buffer, and diskimage-builder
 LOG = VAR / "nodepoold.log"
@@ -43,7 +44,7 @@ diskimages:
     elements: [debian-minimal, nodepool-node]
     formats: [raw]
     rebuild-age: 7d
-    env-vars: {{DIB_NODEPOOL_KERNEL: linux-image-cloud-amd64}}  # enough for virtual machines, and small
+    env-vars: {{DIB_NODEPOOL_KERNEL: {kernel}}}  # enough for virtual machines, and small
     # the daemon lives in the rack's network namespace; the package mirrors are in that of the machine
     dib-cmd: {dib}
 labels:
@@ -130,7 +131,8 @@ def _check() -> None:
 
 def _agent() -> None:
     print("the agent's ramdisk")
-    done = subprocess.run([BIN / "nodepool", "agent-build", "--dir", VAR / "agent"], check=False)
+    build = [BIN / "nodepool", "agent-build", "--dir", VAR / "agent", "--kernel-package", KERNEL]
+    done = subprocess.run(build, check=False)
     if done.returncode:
         raise Trouble("the agent's ramdisk could not be built (see above)")
 
@@ -163,6 +165,7 @@ def _write_yaml(rack: dict[str, Any], machines: int) -> None:
             gateway=rack["gateway"],
             dib=f"nsenter --net={outside} {BIN / 'disk-image-create'}",
             label=LABEL,
+            kernel=KERNEL,
             machines=machines,
             specs=specs,
         )

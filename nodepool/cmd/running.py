@@ -14,7 +14,7 @@ from nodepool import __version__
 from nodepool.api.app import create_app
 from nodepool.api.server import ApiServer
 from nodepool.boot.network import NetworkBoot
-from nodepool.clock import SECOND, Clock
+from nodepool.clock import SECOND, Clock, rfc3339
 from nodepool.cmd.wiring import Current, Daemon, Parts, revive
 from nodepool.config import ConfigFile
 from nodepool.config.records import Config, DiskImage, Provider
@@ -161,7 +161,7 @@ class Service:
         config = self._current().config
         return {
             "version": __version__,
-            "started": self._started,
+            "started": rfc3339(self._started),
             "generation": config.generation,
             "problems": list(self._file.problems),
             "office": {"scope": self._office.scope, "epoch": self._office.epoch},

@@ -12,9 +12,10 @@ from nodepool.clock import SECOND
 from nodepool.config.records import Config, DiskImage
 from nodepool.errors import Code, StepError, StoreUnavailable
 from nodepool.image.make import ImageResult
+from nodepool.image.retention import log_of
 from nodepool.loops.launcher import Executor
 from nodepool.metrics import Metrics
-from nodepool.model import Build, BuildState
+from nodepool.model import Build, BuildState, Record
 from nodepool.plan import Catalog
 from nodepool.service import images
 from nodepool.store import Office, Store, Tx
@@ -25,6 +26,10 @@ log = logging.getLogger("nodepool.builder")
 Progress = Callable[[str, float | None], None]
 Make = Callable[[DiskImage, str, Config, Progress, threading.Event], ImageResult]
 _OPEN = [str(state) for state in (BuildState.REQUESTED, BuildState.BUILDING, BuildState.TESTING, BuildState.DELETING)]
+
+
+def _open_builds(tx: Tx) -> list[Record]:
+    return [*tx.select(Build, t.builds.c.state.in_(_OPEN))]
 
 
 class Builder:
@@ -70,9 +75,8 @@ class Builder:
             cancelled.set()
 
     def _fold(self) -> None:
-        changes, whole = self._feed.drain()
+        changes, whole = self._store.follow(self._feed, _open_builds)
         if not whole:
-            changes = list(self._store.read(lambda tx: tx.select(Build, t.builds.c.state.in_(_OPEN))))
             self._open = {}
         for record in changes:
             if isinstance(record, Build):
@@ -134,7 +138,8 @@ class Builder:
             self._write(lambda tx: images.interrupt(tx, build.id, "the YAML has no such diskimage any more"))
             return
         cancelled = threading.Event()
-        self._write(lambda tx: images.begin(tx, build.id, self.name, recipe.build_timeout, ""))
+        log_file = log_of(config.build_log_dir or config.images_dir / "logs", build.image, build.id)
+        self._write(lambda tx: images.begin(tx, build.id, self.name, recipe.build_timeout, str(log_file)))
         self._running[build.id] = cancelled
         self.sentence = f"building {build.image}"
         log.info("building %s (%s)", build.image, build.id)

@@ -116,9 +116,8 @@ class Launcher:
         return f"{len(self._signs)} machines at work, {len(self._running)} steps running"
 
     def _fold(self) -> None:
-        changes, whole = self._feed.drain()
+        changes, whole = self._store.follow(self._feed, loading.board)
         if not whole:
-            changes = self._store.read(loading.board)
             self._board = Board()
             self._last_pass = 0
         touched: set[int] = set()

@@ -77,10 +77,10 @@ class Planner:
             self._think_at = now + SECOND
 
     def _fold(self) -> bool:
-        changes, whole = self._feed.drain()
+        changes, whole = self._store.follow(self._feed, loading.snapshot)
         if whole:
             return self._snapshot.fold(changes)
-        self._snapshot = Snapshot.of(self._store.read(loading.snapshot))
+        self._snapshot = Snapshot.of(changes)
         return True
 
     def _apply(self, catalog: Catalog, actions: tuple[Action, ...]) -> bool:

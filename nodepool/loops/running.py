@@ -111,14 +111,23 @@ class InlineExecutor:
         then(work())
 
 
-def run_until(loops: Sequence[Loop], clock: VirtualClock, done: Callable[[], bool], limit: float) -> bool:
+def run_until(
+    loops: Sequence[Loop],
+    clock: VirtualClock,
+    done: Callable[[], bool],
+    limit: float,
+    settled: Callable[[], bool] | None = None,
+) -> bool:
     """Run loops one after the other in this thread, moving the clock from due time to due time.
 
-    Ends when `done` says so, or after `limit` seconds of virtual time; says which.
+    Ends when `done` says so, or after `limit` seconds of virtual time; says which.  `settled` says whether the last
+    round has written nothing: before that the clock does not move.
     """
     end = clock.now() + int(limit * SECOND)
     while not done():
         due = [next_at for loop in loops if (next_at := loop.pass_once())]
+        if settled is not None and not settled():
+            continue  # one of them has written what another will act on: time stands still for that
         if done():
             return True
         if clock.now() >= end:

@@ -128,9 +128,8 @@ class Desk:
 
     def _refresh(self) -> None:
         with self._lock:
-            changes, whole = self._feed.drain()
+            changes, whole = self._store.follow(self._feed, loading.board)
             if not whole:
-                changes = self._store.read(loading.board)
                 self._board, self._by_token, self._by_id = Board(), {}, {}
             for record in changes:
                 if isinstance(record, Boot):

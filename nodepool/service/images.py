@@ -9,7 +9,7 @@ from nodepool.config.records import Config
 from nodepool.errors import Code, NotFound, Refused
 from nodepool.image.make import ImageResult
 from nodepool.lifecycle import BuildEvent
-from nodepool.model import Build, BuildState, Copy, Work
+from nodepool.model import Build, BuildState, Copy, Node, NodeState, Work
 from nodepool.service.moves import move
 from nodepool.service.pool import request_build
 from nodepool.store import Tx
@@ -92,6 +92,10 @@ def delete(tx: Tx, build_id: str, actor: str) -> Build:
     build = tx.get(Build, build_id)
     if build.state in {BuildState.DELETING, BuildState.DELETED}:
         return build
+    needs_it = [str(state) for state in (NodeState.BUILDING, NodeState.READY)]
+    living = tx.select(Node, t.nodes.c.build_id == build.id, t.nodes.c.state.in_(needs_it), limit=1)
+    if living:
+        raise Refused(f"build {build.id} is needed: node {living[0].id} is {living[0].state} with it")
     return move(tx, build, BuildEvent.DELETE, "deleted by hand", actor)
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from nodepool.clock import Clock
 from nodepool.errors import ConfigError, Conflict, StoreUnavailable
@@ -79,6 +80,17 @@ class Store:
         self._feeds.append(feed)
         return feed
 
+    def follow(self, feed: Feed, everything: Callable[[Tx], list[Record]]) -> tuple[list[Record], bool]:
+        """What was committed since the last look at `feed`, and True; or all that there is, and False: begin anew."""
+        changes, whole = feed.drain()
+        if whole:
+            return changes, True
+        try:
+            return self.read(everything), False
+        except BaseException:
+            feed.lose()
+            raise
+
     def write(self, use_case: Callable[[Tx], T], office: Office | None = None) -> T:
         """Run `use_case` in one transaction; all of it is committed or nothing.
 
@@ -137,6 +149,8 @@ class Store:
         while True:
             try:
                 return attempt()
+            except PoolTimeout as error:
+                raise StoreUnavailable("every connection to the database is in use; try again") from error
             except DBAPIError as error:
                 wait = _worth_waiting(error)
                 if wait is None:

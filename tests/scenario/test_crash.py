@@ -20,8 +20,8 @@ class Mortal(Story):
         self.late = late
         super().__init__(folder, **kinds)
 
-    def start(self, migrate=True):
-        super().start(migrate)
+    def start(self):
+        super().start()
         event.listen(self.store.engine, "commit", lambda _connection: self.count(late=False))
         self.store.wake.append(lambda: self.count(late=True))
 
