@@ -12,7 +12,7 @@ from nodepool.clock import SECOND
 from nodepool.config.records import Config, DiskImage
 from nodepool.errors import Code, StepError, StoreUnavailable
 from nodepool.image.make import ImageResult
-from nodepool.image.retention import log_of
+from nodepool.image.retention import leftovers, log_of, remove
 from nodepool.loops.launcher import Executor
 from nodepool.metrics import Metrics
 from nodepool.model import Build, BuildState, Record
@@ -89,6 +89,12 @@ class Builder:
         for build in self._open.values():
             if build.state in {BuildState.BUILDING, BuildState.TESTING}:
                 self._write(lambda tx, b=build: images.interrupt(tx, b.id, "its builder was stopped"))  # type: ignore[misc]
+        kept = [str(state) for state in (BuildState.REQUESTED, BuildState.READY, BuildState.DELETING)]
+        known = {build.id for build in self._store.read(lambda tx: tx.select(Build, t.builds.c.state.in_(kept)))}
+        stale = leftovers(self._catalog().config.images_dir, known)
+        if stale:
+            log.info("removing what builds that were stopped have left: %s", ", ".join(path.name for path in stale))
+            remove(stale)
         self._first = False
         self._fold()
 

@@ -144,6 +144,7 @@ def node(record: Node, now: int, doing: str | None = None, *, detail: bool = Tru
             "port": record.port,
             "username": record.username,
             "host_key": record.host_key,
+            "boot_id": record.os_boot_id,
             "request_id": _id(record.request_id),
             "comment": record.comment,
         }
