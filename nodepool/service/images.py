@@ -88,14 +88,14 @@ def interrupt(tx: Tx, build_id: str, why: str) -> Build:
 
 
 def delete(tx: Tx, build_id: str, actor: str) -> Build:
-    """Remove a build that no living node was made from."""
+    """Remove a build, unless a node is just being built from it; nodes that are READY do not need it any more."""
     build = tx.get(Build, build_id)
     if build.state in {BuildState.DELETING, BuildState.DELETED}:
         return build
-    needs_it = [str(state) for state in (NodeState.BUILDING, NodeState.READY)]
-    living = tx.select(Node, t.nodes.c.build_id == build.id, t.nodes.c.state.in_(needs_it), limit=1)
-    if living:
-        raise Refused(f"build {build.id} is needed: node {living[0].id} is {living[0].state} with it")
+    building = t.nodes.c.state == str(NodeState.BUILDING)
+    needs_it = tx.select(Node, t.nodes.c.build_id == build.id, building, limit=1)
+    if needs_it:
+        raise Refused(f"build {build.id} is being written: node {needs_it[0].id} is built from it; delete that first")
     return move(tx, build, BuildEvent.DELETE, "deleted by hand", actor)
 
 

@@ -45,7 +45,7 @@ class Pool(RuleBasedStateMachine):
         try:
             self.story.request(count, ssh_keys=("ssh-ed25519 AAAAuser me",) if keys else ())
         except Refused:
-            assert count > min(self.limit, self.kinds["machines"])
+            assert count > min(self.kinds["max_servers"], self.kinds["machines"])
 
     @rule(which=st.integers(0, 5))
     def somebody_releases(self, which):
