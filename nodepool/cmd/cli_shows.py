@@ -95,7 +95,9 @@ def _machine(item: Item) -> str:
         ("now", item["at"]),
         *_trouble(item["trouble"]),
     ]
-    return "\n".join([head, pairs(facts), *_timeline(item["timeline"]), *_lives(item["lives"])])
+    return "\n".join(
+        [head, pairs(facts), *_timeline(item["timeline"]), *_lives(item["lives"]), *_events(item["events"])]
+    )
 
 
 def _hardware(facts: Mapping[str, str]) -> str:
@@ -156,6 +158,19 @@ def _lives(lives: Sequence[Item]) -> list[str]:
         for item in lives
     ]
     return ["", table(("Node", "Label", "State", "Created", "Ready After", "Seconds", "Failure"), rows)]
+
+
+def _events(events: Sequence[Item]) -> list[str]:
+    rows = [
+        (
+            item["time"],
+            item["subject"],
+            f"{item['from']} -> {item['to']}" if item["to"] else item["type"],
+            item["message"],
+        )
+        for item in events
+    ]
+    return ["", table(("Time", "What", "Happened", "Why"), rows)] if rows else []
 
 
 def request_text(item: Item) -> str:

@@ -31,6 +31,8 @@ _FAILURES = {
     "write": (Code.DISK_WRITE, "disk vda: input/output error at byte 4194304"),
     "configure": (Code.AGENT_ERROR, "cannot mount the root file system"),
     "start": (Code.AGENT_ERROR, "reboot: command not found"),
+    "write image-altered": (Code.IMAGE_ALTERED, "what came over the wire has another sha256 than the image"),
+    "write disk-readback": (Code.DISK_READBACK, "disk vda gives back other bytes than were written"),
 }
 
 
@@ -41,7 +43,7 @@ class FakeMachine:
     name: str
     mac: str = ""
     delay: float = 0.0
-    failing: str = ""  # the phase that fails, for ever
+    failing: str = ""  # the phase that fails, for ever; of some also with which code: `write image-altered`
     on: bool = False
     boot_device: BootDevice = "disk"
     life: int = 0  # counts power cycles: what was scheduled in an earlier life does not happen any more
@@ -256,8 +258,8 @@ class World:
     def _carried_out(self, machine: FakeMachine, order: Lines) -> Said | None:
         kind, operation = order["kind"], order["operation"]
         report = {"operation": operation, "state": "done"}
-        if machine.failing == kind:
-            code, error = _FAILURES[kind]
+        if machine.failing.partition(" ")[0] == kind:
+            code, error = _FAILURES[machine.failing]
             report |= {"state": "failed", "code": str(code), "error": error}
         elif kind == "erase":
             machine.marker, machine.installed = "", ""

@@ -103,6 +103,8 @@ def agents_work(ctx: Context) -> Outcome:
         return Done()
     if operation.state is OperationState.FAILED:
         raise Permanent(operation.error, Code(operation.code))
+    if ctx.boot is not None and ctx.boot.state is BootState.FAILED:
+        raise Permanent(ctx.boot.error, Code.BOOT_CONTESTED)
     if ctx.boot is None or ctx.boot.state is not BootState.UP:
         raise Permanent("the agent's boot is over", Code.AGENT_SILENT)
     doing = f"the agent is at {operation.kind}" if operation.state is OperationState.RUNNING else "the agent is told"

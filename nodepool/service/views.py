@@ -37,6 +37,7 @@ View = dict[str, Any]
 Where = Sequence[ColumnElement[bool]]
 T = TypeVar("T")
 
+EVENTS_SHOWN = 12
 LIVES_SHOWN = 20  # newest lives of a machine that its view has
 _WORKING = [str(NodeState.BUILDING), str(NodeState.DELETING)]
 _OPEN_REQUESTS = [str(RequestState.REQUESTED), str(RequestState.PENDING), str(RequestState.FULFILLED)]
@@ -302,7 +303,13 @@ def machine_in_full(tx: Tx, catalog: Catalog, name: str) -> View:
         "trouble": _machine_trouble(catalog, record, operations, tx.now),
         "timeline": timeline.of_job(operations, tx.now),
         "lives": [_life(found, tx.now) for found in lives],
+        "events": _newest_events(tx, t.events.c.machine_id == record.id),
     }
+
+
+def _newest_events(tx: Tx, of: ColumnElement[bool]) -> list[View]:
+    """What happened last, oldest first."""
+    return [event(found) for found in tx.select(Event, of, order=t.events.c.id.desc(), limit=EVENTS_SHOWN)[::-1]]
 
 
 def machine_named(tx: Tx, name: str) -> Machine:

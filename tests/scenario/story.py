@@ -69,6 +69,7 @@ class Story:
         self.clock = VirtualClock()
         self.path = folder / "nodepool.yaml"
         self.broken_images = set()
+        self.image_size = 5
         self.write(yaml or yaml_of(**kinds))
         self.world = None
         self.start()
@@ -91,7 +92,8 @@ class Story:
         self.world.configure(self.current().config)
         ports = Ports(self.world, self.world, "ssh-ed25519 AAAAnodepool nodepool")
         kit = Kit(fake.JOBS, fake.entry, lambda _provider: ports, blocking=False)
-        parts = Parts({"fake": kit}, self.make, InlineExecutor(), InlineExecutor(), NoMetrics())
+        self.kits = {"fake": kit}
+        parts = Parts(self.kits, self.make, InlineExecutor(), InlineExecutor(), NoMetrics())
         self.daemon = Daemon(self.store, self.current, parts, {"world": self.world})
         self.daemon.take_office(office)
         self.written = False
@@ -103,7 +105,9 @@ class Story:
             raise Permanent("debootstrap: no such suite", Code.IMAGE_BUILD)
         path = self.folder / f"{build_id}.raw"
         path.write_bytes(b"image")
-        return ImageResult({"raw": path}, 5, hashlib.sha256(b"image").hexdigest(), 1.0, self.folder / "log")
+        return ImageResult(
+            {"raw": path}, self.image_size, hashlib.sha256(b"image").hexdigest(), 1.0, self.folder / "log"
+        )
 
     def die(self):
         """As kill -9 does it: nothing is tidied up; the lock goes with the process, the machines go on."""
@@ -114,9 +118,9 @@ class Story:
         self.die()
         self.start()
 
-    def reload(self, yaml):
+    def reload(self, yaml, secure=None):
         self.write(yaml)
-        self.current.put(load(self.path))
+        self.current.put(load(self.path, secure))
         self.world.configure(self.current().config)
 
     def run(self, done=None, limit=3600):
