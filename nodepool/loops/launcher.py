@@ -18,7 +18,7 @@ from nodepool.clock import SECOND, Clock, micros
 from nodepool.config.records import Config, PoolLabel, Provider
 from nodepool.drivers.power import Bmc
 from nodepool.drivers.step import Context, Done, Jobs, Ports, Step, Wait
-from nodepool.errors import Code, Permanent, StepError, StoreUnavailable
+from nodepool.errors import Code, Conflict, Permanent, StepError, StoreUnavailable
 from nodepool.loops import steps
 from nodepool.loops.steps import Item
 from nodepool.metrics import Metrics
@@ -185,7 +185,7 @@ class Launcher:
 
     def _start(self, now: int) -> bool:
         """Begin or run what is due, as much as there are workers for; says whether there are results already."""
-        begun: list[Callable[[Tx], None]] = []
+        begun: dict[int, Callable[[Tx], None]] = {}
         while self._heap and self._heap[0][0] <= now and self._executor.free() > 0:
             when, machine_id = heapq.heappop(self._heap)
             if self._due.get(machine_id) != when or machine_id in self._running:
@@ -196,12 +196,24 @@ class Launcher:
                 continue
             step = item.step(item.subject.work.step)
             if step is None or not _matches(item, step):
-                begun.append(self._begin(item, now))
+                begun[machine_id] = self._begin(item, now)
             else:
                 self._run(item, step, now)
         if begun:
-            each(self._store, begun, self.office)
+            self._write_begun(begun, now)
         return bool(begun or self._results)
+
+    def _write_begun(self, begun: Mapping[int, Callable[[Tx], None]], now: int) -> None:
+        """Write down what is begun; what could not be written is due again, since nothing else would bring it up."""
+        try:
+            outcome = each(self._store, list(begun.values()), self.office)
+        except StoreUnavailable:
+            for machine_id in begun:
+                self._look_at(machine_id, now)
+            raise
+        for machine_id, written in zip(begun, outcome, strict=True):
+            if isinstance(written, Conflict):
+                self._look_at(machine_id, now + SECOND)
 
     def _begin(self, item: Item, now: int) -> Callable[[Tx], None]:
         kit = self._kits.get(item.provider.driver)
