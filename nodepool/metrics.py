@@ -31,6 +31,10 @@ class Metrics(Protocol):
         """A build of an image has ended."""
         ...
 
+    def close(self) -> None:
+        """Tell no more."""
+        ...
+
 
 class NoMetrics:
     """Tells nobody."""
@@ -44,6 +48,9 @@ class NoMetrics:
         """Nothing."""
 
     def build(self, image: str, seconds: float, size: int, *, good: bool) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
         """Nothing."""
 
 
@@ -95,6 +102,10 @@ class StatsdMetrics:
                 pipe.gauge(f"{name}.raw.size", size)
             pipe.gauge(f"{name}.status.rc", 0 if good else 1)
             pipe.timing(f"{name}.status.duration", seconds * 1000)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._client.close()
 
 
 def _word(name: str) -> str:

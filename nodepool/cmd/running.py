@@ -25,7 +25,7 @@ from nodepool.drivers.step import Ports
 from nodepool.image.make import ImagePaths, ImageResult, make_image
 from nodepool.loops.launcher import Kit
 from nodepool.loops.running import Loop, LoopThread, ThreadedExecutor
-from nodepool.metrics import NoMetrics, StatsdMetrics
+from nodepool.metrics import Metrics, NoMetrics, StatsdMetrics
 from nodepool.service.agents import Desk
 from nodepool.ssh import SshShell, ensure_key
 from nodepool.store import open_store
@@ -82,8 +82,8 @@ class Service:
             "fake": Kit(fake.JOBS, fake.entry, self._fake_ports, blocking=False),
         }
         to = config.statsd
-        metrics = StatsdMetrics(to.host, to.port, to.prefix) if to else NoMetrics()
-        parts = Parts(kits, make, self._steps, self._builds, metrics)
+        self._metrics: Metrics = StatsdMetrics(to.host, to.port, to.prefix) if to else NoMetrics()
+        parts = Parts(kits, make, self._steps, self._builds, self._metrics)
         others: dict[str, Loop] = {
             "world": self._world,
             "network": self._network,
@@ -121,6 +121,7 @@ class Service:
             if not thread.stop(max(0.1, until - time.monotonic())):
                 log.warning("%s did not end in time", thread.name)
         self._network.stop()
+        self._metrics.close()
         self._store.close()
         self._referee.leave()
 

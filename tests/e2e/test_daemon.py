@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,9 +34,9 @@ class Home:
         assert old in text
         self.yaml.write_text(text.replace(old, new))
 
-    def start(self):
+    def start(self, *more):
         with self.log.open("ab") as log:
-            command = [BIN / "nodepoold", "-d", "-c", "tools/fake.yaml"]
+            command = [BIN / "nodepoold", "-d", "-c", "tools/fake.yaml", *more]
             self.daemon = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log)
         self.until(lambda: self.cli("status").returncode == 0)
 
@@ -125,6 +126,32 @@ def test_a_request_is_filled_released_and_the_pool_full_again(home):
     assert [node["label"] for node in request["nodes"]] == ["fake-small"] * 2
     assert home.cli("release", "--request", request["id"]).returncode == 0
     home.until(home.ready(3))
+
+
+def test_the_logging_configuration_and_the_ssh_key_of_the_environment_are_honoured(home, monkeypatch):
+    monkeypatch.setenv("NODEPOOL_SSH_KEY", str(home.folder / "my_key"))
+    (home.folder / "log.yaml").write_text(
+        "version: 1\nformatters: {own: {format: 'OWN %(message)s'}}\n"
+        "handlers: {file: {class: logging.FileHandler, filename: own.log, formatter: own}}\n"
+        "root: {level: INFO, handlers: [file]}\n"
+    )
+    home.start("-l", "log.yaml")
+    home.until(home.ready(1))
+    assert "OWN node 1 building -> ready" in (home.folder / "own.log").read_text()
+    assert "PRIVATE KEY" in (home.folder / "my_key").read_text()
+    assert (home.folder / "my_key").stat().st_mode & 0o077 == 0
+
+
+def test_metrics_of_the_running_daemon_reach_a_statsd(home):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+        udp.bind(("127.0.0.1", 0))
+        udp.settimeout(20)
+        home.edit("version: 1", f"version: 1\nstatsd: {{host: 127.0.0.1, port: {udp.getsockname()[1]}}}")
+        home.start()
+        heard = ""
+        while "nodepool.launch.ready" not in heard or "nodepool.label.fake-small.nodes.ready:2|g" not in heard:
+            heard += udp.recv(65536).decode() + "\n"
+    assert "nodepool.provider.provider.max_servers:8|g" in heard
 
 
 def test_detached_it_answers_before_the_command_returns(home):
