@@ -125,6 +125,10 @@ class IllegalTransition(UseCaseError):
     """The lifecycle's table has no such transition; the state is unchanged."""
 
 
+class OutOfOffice(NodepoolError):
+    """Somebody else has taken this office over; whoever held it must not act any more."""
+
+
 class StoreUnavailable(NodepoolError):
     """The database does not answer or stays locked; nothing was written."""
 

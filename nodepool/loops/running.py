@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 from nodepool.clock import SECOND, Clock, VirtualClock, seconds_between
-from nodepool.errors import Conflict
+from nodepool.errors import OutOfOffice, StoreUnavailable
 
 log = logging.getLogger("nodepool.loops")
 
@@ -56,10 +56,13 @@ class LoopThread:
             self._woken.clear()
             try:
                 next_at = self._loop.pass_once()
-            except Conflict as error:
+            except OutOfOffice as error:
                 log.error("%s: %s", self.name, error)  # noqa: TRY400 - a sentence is enough
                 self._lost_office()
                 return
+            except StoreUnavailable as error:
+                log.warning("%s: %s; trying again, nothing is lost", self.name, error)
+                next_at = self._clock.now() + SECOND
             except Exception:
                 log.exception("%s: unexpected; going on in 5 s", self.name)
                 next_at = self._clock.now() + 5 * SECOND

@@ -94,8 +94,8 @@ class Store:
     def write(self, use_case: Callable[[Tx], T], office: Office | None = None) -> T:
         """Run `use_case` in one transaction; all of it is committed or nothing.
 
-        Raises what the use case raises, Conflict when a row changed meanwhile, StoreUnavailable when the database
-        stays locked for PATIENCE seconds or is gone.
+        Raises what the use case raises, Conflict when a row changed meanwhile, OutOfOffice when `office` is not held
+        any more, StoreUnavailable when the database stays locked for PATIENCE seconds or is gone.
         """
         with self._lock:
             tx, result = self._patiently(lambda: self._attempt(use_case, office))

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from sqlalchemy import ColumnElement, Connection, bindparam, delete, insert, select, update
 from sqlalchemy.sql.dml import Update
 
-from nodepool.errors import Conflict, NotFound
+from nodepool.errors import Conflict, NotFound, OutOfOffice
 from nodepool.model import (
     Boot,
     Build,
@@ -69,10 +69,10 @@ class Tx:
         self._inserts: dict[type, list[Record | Event]] = {}
 
     def check(self, office: Office) -> None:
-        """Raise Conflict unless `office` is still held."""
+        """Raise OutOfOffice unless `office` is still held."""
         owner = self.find(Owner, office.scope)
         if owner is None or owner.epoch != office.epoch:
-            raise Conflict(f"no longer in office as {office.scope} (epoch {office.epoch})")
+            raise OutOfOffice(f"no longer in office as {office.scope} (epoch {office.epoch})")
 
     def find(self, cls: type[R], key: int | str) -> R | None:
         """The record with this id, as this transaction sees it."""

@@ -11,7 +11,7 @@ from alembic.migration import MigrationContext
 from nodepool import model as m
 from nodepool.clock import SystemClock, VirtualClock
 from nodepool.coord.local import LocalReferee, file_lock
-from nodepool.errors import ConfigError, Conflict, NotFound, Refused, StoreUnavailable
+from nodepool.errors import ConfigError, Conflict, NotFound, OutOfOffice, Refused, StoreUnavailable
 from nodepool.store import engine, open_store
 from nodepool.store.engine import each
 from nodepool.store.rows import CODECS
@@ -194,7 +194,7 @@ def test_who_is_out_of_office_writes_nothing(store, tmp_path):
     referee.leave()
     new = LocalReferee(store, file_lock(tmp_path / "lock"))
     office = new.take_office()
-    with pytest.raises(Conflict, match="no longer in office"):
+    with pytest.raises(OutOfOffice, match="no longer in office"):
         store.write(lambda tx: tx.add(machine()), old)
     store.write(lambda tx: tx.add(machine()), office)
     new.leave()
