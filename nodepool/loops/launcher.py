@@ -10,7 +10,7 @@ import heapq
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
@@ -18,7 +18,7 @@ from nodepool.clock import SECOND, Clock, micros
 from nodepool.config.records import Config, PoolLabel, Provider
 from nodepool.drivers.power import Bmc
 from nodepool.drivers.step import Context, Done, Jobs, Ports, Step, Wait
-from nodepool.errors import Code, Conflict, Permanent, StepError, StoreUnavailable
+from nodepool.errors import Code, Conflict, OutOfOffice, Permanent, StepError, StoreUnavailable
 from nodepool.loops import steps
 from nodepool.loops.steps import Item
 from nodepool.metrics import Metrics
@@ -288,9 +288,8 @@ class Launcher:
             batch.append(self._results.popleft())
         if not batch:
             return False
-        writes = [self._digest(machine_id, item, result) for machine_id, item, result in batch]
         try:
-            each(self._store, [write for write in writes if write is not None], self.office)
+            self._write(batch)
         except StoreUnavailable:
             self._results.extendleft(reversed(batch))
             raise
@@ -300,6 +299,23 @@ class Launcher:
         for machine_id, item, result in batch:
             self._next_look(machine_id, item, result)
         return True
+
+    def _write(self, batch: Sequence[tuple[int, Item, Result]]) -> None:
+        """Write results in one transaction; one that cannot be written fails its own machine and no other."""
+        writes = [self._digest(machine_id, item, result) for machine_id, item, result in batch]
+        try:
+            each(self._store, [write for write in writes if write is not None], self.office)
+        except (StoreUnavailable, OutOfOffice):
+            raise
+        except Exception as error:
+            if len(batch) > 1:
+                for result in batch:
+                    self._write([result])
+                return
+            item = batch[0][1]
+            log.exception("what %s of %s has come to cannot be stored", item.subject.work.step, item.machine.name)
+            trouble = Permanent(f"unexpected {type(error).__name__}: {error}", Code.UNEXPECTED)
+            each(self._store, [lambda tx: steps.failed(tx, item, trouble, self._rng)], self.office)
 
     def _digest(self, machine_id: int, item: Item, result: Result) -> Callable[[Tx], None] | None:
         if isinstance(result, Done):

@@ -231,12 +231,18 @@ def _node_gone_after_repair(tx: Tx, node: Node, machine: Machine) -> None:
 
 def _facts_in_short(machine: Machine) -> str:
     facts = machine.facts
-    memory = int(facts.get("fact.memory", 0)) / 2**30
-    sizes = [int(value) / 1e9 for key, value in facts.items() if key.startswith("disk.") and key.endswith(".size")]
+    memory = _number(facts.get("fact.memory")) / 2**30
+    sizes = [_number(value) / 1e9 for key, value in facts.items() if key.startswith("disk.") and key.endswith(".size")]
     return (
         f"{facts.get('fact.cpus', '?')} CPUs, {memory:.1f} GiB, {len(sizes)} disks ({sum(sizes):.1f} GB),"
         f" {facts.get('fact.firmware', 'unknown')} firmware"
     )
+
+
+def _number(fact: object) -> int:
+    """A fact as a number: it comes from outside, and may be anything."""
+    text = str(fact)
+    return int(text) if text.isascii() and text.isdecimal() else 0
 
 
 def _give_up(tx: Tx, item: Item, error: StepError, strikes: int) -> None:

@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from nodepool.coord.local import SCOPE
 from nodepool.drivers import fake
-from nodepool.model import Machine
+from nodepool.drivers.step import Done
+from nodepool.errors import OutOfOffice
+from nodepool.model import Machine, MachineState, Owner
 from nodepool.store import engine
 
 
@@ -51,3 +54,49 @@ def test_a_job_whose_machine_changes_at_the_moment_it_is_begun_is_begun_all_the_
     monkeypatch.setattr(fake, "entry", entry)
     story = tell(machines=1)
     assert story.run(story.ready(1), limit=600)
+
+
+class Braggart:
+    """A door through which every agent tells the same strange fact."""
+
+    def __init__(self, door, **facts):
+        self.door = door
+        self.facts = facts
+
+    def __getattr__(self, name):
+        return getattr(self.door, name)
+
+    def together(self, calls):
+        return self.door.together(
+            [replace(c, lines={**c.lines, **self.facts}) if c.verb == "hello" else c for c in calls]
+        )
+
+
+def test_a_fact_that_is_no_number_stops_nobody(tell):
+    story = tell(machines=2, min_ready=2)
+    story.world.meet(Braggart(story.desk, **{"fact.memory": "plenty", "disk.9.size": "4²"}))
+    assert story.run(story.ready(2), limit=600)
+
+
+def test_a_result_that_cannot_be_stored_fails_its_own_machine_and_no_other(tell, monkeypatch):
+    def check(ctx):
+        return Done(machine={"no such field": 1} if ctx.machine.name == "lab-01" else {})
+
+    *others, last = fake.JOBS[MachineState.INSPECTING]
+    jobs = {**fake.JOBS, MachineState.INSPECTING: (*others, replace(last, run=check))}
+    monkeypatch.setattr(fake, "JOBS", jobs)
+    story = tell(machines=3, min_ready=2)
+    assert story.run(story.ready(2), limit=600)
+    assert story.run(lambda: story.states()["lab-01"] == "broken", limit=7200)
+    assert "no such field" in story.machine("lab-01").failure
+
+
+def test_a_loop_whose_office_was_taken_over_says_so_and_does_nothing_more(tell):
+    story = tell(machines=1)
+    story.daemon.planner.pass_once()
+    story.store.write(lambda tx: tx.put(replace(tx.get(Owner, SCOPE), epoch=99, holder="somebody else")))
+    before = story.states()
+    for loop in (story.daemon.launcher, story.daemon.janitor):
+        with pytest.raises(OutOfOffice):
+            loop.pass_once()
+    assert story.states() == before
