@@ -195,7 +195,7 @@ class Launcher:
             if item is None:
                 continue
             step = item.step(item.subject.work.step)
-            if step is None or not _matches(item, step):
+            if step is None or not _matches(item, step) or item.machine.name not in self._catalog().machines:
                 begun[machine_id] = self._begin(item, now)
             else:
                 self._run(item, step, now)

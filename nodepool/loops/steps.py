@@ -197,7 +197,7 @@ def timed_out(item: Item, now: int) -> Permanent:
 
 
 def _sentence(work: Work, error: StepError) -> str:
-    return f"{work.step} (attempt {work.attempt}): {error}"
+    return f"{work.step or 'taking it up'} (attempt {work.attempt}): {error}"
 
 
 def _finish(tx: Tx, item: Item) -> None:

@@ -58,6 +58,14 @@ class DeleteNode:
 
 
 @dataclass(frozen=True, slots=True)
+class Abandon:
+    """End a node that nobody can take down any more."""
+
+    node_id: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Allocate:
     """Promise READY nodes to a request, all of them, in the order of its labels."""
 
@@ -90,7 +98,17 @@ class DeleteBuild:
 
 
 Action = (
-    Enroll | Retire | Inspect | Accept | CreateNode | DeleteNode | Allocate | FailRequest | RequestBuild | DeleteBuild
+    Enroll
+    | Retire
+    | Inspect
+    | Accept
+    | CreateNode
+    | DeleteNode
+    | Abandon
+    | Allocate
+    | FailRequest
+    | RequestBuild
+    | DeleteBuild
 )
 
 

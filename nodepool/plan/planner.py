@@ -14,6 +14,7 @@ from nodepool.config.records import Pool
 from nodepool.lifecycle import Backoff
 from nodepool.model import Build, BuildState, MachineState, NodeState, RequestState
 from nodepool.plan.actions import (
+    Abandon,
     Accept,
     Action,
     Allocate,
@@ -155,19 +156,26 @@ def _nodes(draft: Draft) -> None:
         draft.actions.append(DeleteNode(node_id, "its build failed"))
     for node_id in sorted(snapshot.nodes_in[NodeState.USED]):
         draft.actions.append(DeleteNode(node_id, "it was used"))
+    retired = {machine.id for machine in snapshot.machines.values() if machine.retired}
+    for node_id in sorted(snapshot.nodes_in[NodeState.DELETING]) if retired else ():
+        machine = snapshot.machines[snapshot.nodes[node_id].machine_id]
+        if machine.retired and machine.state is MachineState.BROKEN:
+            draft.actions.append(Abandon(node_id, "the YAML has its machine no more; its system may still run there"))
     for name, free in snapshot.free.items():
         label = labels.get(name)
         age = label.max_ready_age if label else 0
-        for node_id in sorted(free) if label is None or age or label.min_ready < 0 else ():
+        for node_id in sorted(free) if label is None or age or label.min_ready < 0 or retired else ():
             node = snapshot.nodes[node_id]
             expires = node.ready_at + micros(age)
-            if label is None:
+            if node.machine_id in retired:
+                draft.actions.append(DeleteNode(node_id, "the YAML has its machine no more"))
+            elif label is None:
                 draft.actions.append(DeleteNode(node_id, f"the configuration has no label {name} any more"))
             elif label.min_ready < 0:
                 draft.actions.append(DeleteNode(node_id, f"label {name} is switched off (min-ready: -1)"))
-            elif expires <= draft.now:
+            elif age and expires <= draft.now:
                 draft.actions.append(DeleteNode(node_id, f"it was ready for longer than max-ready-age ({age:.0f} s)"))
-            else:
+            elif age:
                 draft.again_at(expires)
 
 

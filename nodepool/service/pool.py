@@ -125,6 +125,15 @@ def _delete_node(tx: Tx, _catalog: Catalog, action: a.DeleteNode) -> None:
     move(tx, node, NodeEvent.DELETE, action.why, work=started(tx.now))
 
 
+def _abandon(tx: Tx, _catalog: Catalog, action: a.Abandon) -> None:
+    node = tx.get(Node, action.node_id)
+    machine = _current(tx, node.machine_id, MachineState.BROKEN)
+    if not machine.retired or node.state is not NodeState.DELETING:
+        raise Conflict(f"{machine.name} is back by now")
+    move(tx, node, NodeEvent.GONE, action.why)
+    tx.put(replace(machine, node_id=None))
+
+
 def _allocate(tx: Tx, _catalog: Catalog, action: a.Allocate) -> None:
     request = tx.get(Request, action.request_id)
     if request.state is not RequestState.REQUESTED:
@@ -175,6 +184,7 @@ _APPLY: dict[type, Callable[[Tx, Catalog, Any], None]] = {
     a.Accept: _accept,
     a.CreateNode: _create_node,
     a.DeleteNode: _delete_node,
+    a.Abandon: _abandon,
     a.Allocate: _allocate,
     a.FailRequest: _fail_request,
     a.RequestBuild: _request_build,

@@ -1,5 +1,6 @@
 """What could leave a machine, a node or a request with nobody looking at it any more."""
 
+import re
 import sqlite3
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -10,7 +11,7 @@ from nodepool.coord.local import SCOPE
 from nodepool.drivers import fake
 from nodepool.drivers.step import Done
 from nodepool.errors import OutOfOffice
-from nodepool.model import Machine, MachineState, Owner
+from nodepool.model import Machine, MachineState, NodeState, Operation, OperationState, Owner
 from nodepool.store import engine
 
 
@@ -100,3 +101,49 @@ def test_a_loop_whose_office_was_taken_over_says_so_and_does_nothing_more(tell):
         with pytest.raises(OutOfOffice):
             loop.pass_once()
     assert story.states() == before
+
+
+def without(story, name):
+    """The YAML with machines of their own names, less one."""
+    others = [f"{{name: {machine}}}" for machine in story.world.machines if machine != name]
+    return re.sub("count: .*", f"machines: [{', '.join(others)}]", story.path.read_text())
+
+
+@pytest.mark.parametrize("state", ["inspecting", "cleaning", "available", "building", "ready", "in-use", "deleting"])
+def test_a_machine_that_leaves_the_yaml_leaves_nothing_behind_whatever_it_is_at(tell, state):
+    story = tell(machines=2, min_ready=0 if state == "available" else 1, max_servers=2)
+    if state in {"in-use", "deleting"}:
+        wants = story.request(1, ssh_keys=("ssh-ed25519 AAAAuser me",))
+        story.run(lambda: story.state_of(wants) == "fulfilled")
+    if state == "deleting":
+        story.release(wants)
+    assert story.run(lambda: state in {story.states().get("lab-01"), *(str(n.state) for n in on(story, "lab-01"))})
+    story.reload(without(story, "lab-01"))
+    if state == "in-use":
+        story.run(limit=600)
+        assert story.state_of(wants) == "fulfilled"
+        story.release(wants)
+    story.run(limit=1800)
+    assert on(story, "lab-01") == []
+    assert story.machine("lab-01").retired
+    assert story.machine("lab-01").node_id is None
+    still_open = [o for o in story.all(Operation) if o.state in {OperationState.PENDING, OperationState.RUNNING}]
+    assert still_open == []
+    assert len(story.nodes("ready")) == (state != "available")
+
+
+def on(story, name):
+    """The nodes on a machine that are not gone."""
+    return [node for node in story.nodes() if node.machine == name and node.state is not NodeState.DELETED]
+
+
+def test_a_promised_node_whose_machine_leaves_the_yaml_is_replaced(tell):
+    story = tell(machines=2, min_ready=1, max_servers=2)
+    story.run(story.ready(1))
+    assert on(story, "lab-01")
+    wants = story.request(1, ssh_keys=("ssh-ed25519 AAAAuser me",))
+    story.daemon.planner.pass_once()
+    assert story.state_of(wants) == "pending"
+    story.reload(without(story, "lab-01"))
+    assert story.run(lambda: story.state_of(wants) == "fulfilled", limit=600)
+    assert story.nodes_of(wants)[0].machine == "lab-02"
