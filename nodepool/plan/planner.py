@@ -151,7 +151,7 @@ def _machines(draft: Draft) -> None:
 
 def _nodes(draft: Draft) -> None:
     """Nodes that are over, too old or unwanted are taken down."""
-    snapshot, labels = draft.snapshot, draft.catalog.config.labels
+    snapshot = draft.snapshot
     for node_id in sorted(snapshot.nodes_in[NodeState.FAILED]):
         draft.actions.append(DeleteNode(node_id, "its build failed"))
     for node_id in sorted(snapshot.nodes_in[NodeState.USED]):
@@ -161,6 +161,12 @@ def _nodes(draft: Draft) -> None:
         machine = snapshot.machines[snapshot.nodes[node_id].machine_id]
         if machine.retired and machine.state is MachineState.BROKEN:
             draft.actions.append(Abandon(node_id, "the YAML has its machine no more; its system may still run there"))
+    _free_nodes(draft, retired)
+
+
+def _free_nodes(draft: Draft, retired: set[int]) -> None:
+    """READY nodes that nobody was promised are taken down when the YAML or their age says so."""
+    snapshot, labels = draft.snapshot, draft.catalog.config.labels
     for name, free in snapshot.free.items():
         label = labels.get(name)
         age = label.max_ready_age if label else 0
