@@ -93,6 +93,8 @@ def main() -> int:
             _write_yaml(rack, arguments.machines)
             with _daemon(rack) as daemon:
                 client = Client(str(VAR / "nodepool.sock"))
+                _answers(client, daemon)
+                _forget(client)
                 _watch(client, daemon, arguments.machines)
                 if arguments.once:
                     _once(client, rack)
@@ -201,18 +203,33 @@ def _daemon(rack: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
             daemon.wait()
 
 
-def _watch(client: Client, daemon: subprocess.Popen[bytes], wanted: int) -> None:
-    """Show what everything is at until the nodes are READY; a table on a terminal, lines elsewhere."""
-    began, shown, lines = time.monotonic(), "", 0
+def _answers(client: Client, daemon: subprocess.Popen[bytes]) -> None:
     print(f"the daemon (its log: {LOG})")
     while True:
         if daemon.poll() is not None:
             raise Trouble(f"nodepoold ended; the end of {LOG} says why:\n{_tail(LOG)}")
         try:
-            table, ready = _table(client)
+            client.get("/status")
         except CommandError:
             time.sleep(0.2)
-            continue
+        else:
+            return
+
+
+def _forget(client: Client) -> None:
+    """Nodes of an earlier run went with the disks of its rack: their machines are to be made ready anew."""
+    for node in client.items("/nodes"):
+        if node["state"] in {"ready", "in-use"}:
+            client.delete(f"/nodes/{node['id']}")
+
+
+def _watch(client: Client, daemon: subprocess.Popen[bytes], wanted: int) -> None:
+    """Show what everything is at until the nodes are READY; a table on a terminal, lines elsewhere."""
+    began, shown, lines = time.monotonic(), "", 0
+    while True:
+        if daemon.poll() is not None:
+            raise Trouble(f"nodepoold ended; the end of {LOG} says why:\n{_tail(LOG)}")
+        table, ready = _table(client)
         if sys.stdout.isatty():
             if lines:
                 print(f"\x1b[{lines}A\x1b[J", end="")

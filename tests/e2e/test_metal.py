@@ -89,6 +89,7 @@ def lab():
             demo._write_yaml(rack, 1)
             with demo._daemon(rack) as daemon:
                 lab = Lab(demo, rack, folder)
+                demo._answers(lab.client, daemon)
                 demo._watch(lab.client, daemon, 1)
                 yield lab
         left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
