@@ -99,7 +99,7 @@ def main() -> int:
                 if arguments.once:
                     _once(client, rack)
                 else:
-                    _look_around(rack)
+                    _look_around(client, rack)
     except Trouble as trouble:
         print(f"make run: {trouble}", file=sys.stderr)
         return 1
@@ -251,20 +251,23 @@ def _table(client: Client) -> tuple[str, int]:
     rows = [f"image   {b['image']:16} {b['state']:12} {b.get('at') or ''}" for b in [*running, *newest]]
     for machine in client.items("/machines"):
         trouble = machine["trouble"]
-        at = f"{trouble['phase']}: {trouble['reason']}" if trouble else machine["at"]
+        at = f"by node {machine['node_id']}" if machine["node_id"] else machine["at"]
+        at = f"{trouble['phase']}: {trouble['reason']}" if trouble else at
         rows.append(f"machine {machine['name']:16} {machine['state']:12} {at}")
     ready = 0
     for node in client.items("/nodes"):
         ready += node["state"] in {"ready", "in-use"}
         rows.append(f"node    {node['id']:16} {node['state']:12} {node.get('at') or ''}")
-    return "\n".join(row.rstrip() for row in rows), ready
+    width = shutil.get_terminal_size((200, 24)).columns - 1  # a row that is broken in two could not be drawn over
+    return "\n".join(row.rstrip()[:width] for row in rows), ready
 
 
 def _tail(path: Path, lines: int = 15) -> str:
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
 
 
-def _look_around(rack: dict[str, Any]) -> None:
+def _look_around(client: Client, rack: dict[str, Any]) -> None:
+    node = client.items("/nodes")[-1]["id"]
     machine = rack["machines"][0]
     bmc = machine["bmc"]
     inside = f"ip netns exec {rack['namespace']}"
@@ -273,7 +276,7 @@ def _look_around(rack: dict[str, Any]) -> None:
 The node is READY: nodepool has logged in to it.  Look around from another terminal, in this folder:
 
     {BIN}/nodepool list                    what there is
-    {BIN}/nodepool show 1                  where the time went
+    {BIN}/nodepool show {node:18} where the time went
     {BIN}/nodepool explain {LABEL}
     {BIN}/nodepool request {LABEL} --wait --ssh-key ~/.ssh/id_ed25519.pub
     {inside} ssh -i var/id_ed25519 root@{machine["ip"]}
