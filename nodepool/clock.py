@@ -23,11 +23,19 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """The machine's own time."""
+    """The machine's own time, which never goes back: set back while we run, ours goes on from where it was.
+
+    Otherwise whatever was due in a minute would be due in a minute and an hour.
+    """
+
+    def __init__(self) -> None:
+        self._boot = 0
 
     def now(self) -> int:
         """Microseconds UTC."""
-        return time.time_ns() // 1000
+        since_boot = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        self._boot = max(self._boot, time.time_ns() - since_boot)
+        return (self._boot + since_boot) // 1000
 
 
 class VirtualClock:
