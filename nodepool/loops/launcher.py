@@ -105,6 +105,7 @@ class Launcher:
                 self._fold()
         except StoreUnavailable as error:
             log.warning("%s; trying again, nothing is lost", error)
+            self._last_pass = 0  # agents cannot report while nothing can be written: that time is charged to nobody
             return now + SECOND
         next_at = self._heap[0][0] if self._heap and self._executor.free() > 0 else 0  # a result wakes us
         self._last_pass = max(now, next_at)
@@ -119,7 +120,7 @@ class Launcher:
         changes, whole = self._store.follow(self._feed, loading.board)
         if not whole:
             self._board = Board()
-            self._last_pass = 0
+            self._signs.clear()  # whatever was missed meanwhile: every job is looked at
         touched: set[int] = set()
         for record in changes:
             if isinstance(record, Node):
@@ -170,18 +171,17 @@ class Launcher:
     def _attend(self, now: int) -> None:
         """After a start or an absence: no deadline has run while nobody was there."""
 
-        def push(item: Item) -> Callable[[Tx], None]:
-            return lambda tx: steps.waits(tx, item, Wait(0, item.subject.work.waiting), progress=True)
+        def go_on(item: Item) -> Callable[[Tx], None]:
+            return lambda tx: steps.attended(tx, item)
 
-        late: list[Callable[[Tx], None]] = []
-        for machine in self._board.machines.values():
-            item = self._item(machine)
-            if item is not None and item.step(item.subject.work.step) and item.subject.work.deadline < now + 5 * SECOND:
-                late.append(push(item))
-        if late:
-            log.info("%d jobs go on where they were; nobody is charged for the time without a daemon", len(late))
-            each(self._store, late, self.office)
+        found = [item for machine in self._board.machines.values() if (item := self._item(machine)) is not None]
+        begun = [item for item in found if item.step(item.subject.work.step) is not None]
+        if begun:
+            log.info("%d jobs go on where they were; nobody is charged for the time without a daemon", len(begun))
+            each(self._store, [go_on(item) for item in begun], self.office)
             self._fold()
+            for item in begun:
+                self._look_at(item.machine.id, min(item.subject.work.next_at, now + micros(steps.LONGEST)))
 
     def _start(self, now: int) -> bool:
         """Begin or run what is due, as much as there are workers for; says whether there are results already."""
@@ -293,8 +293,10 @@ class Launcher:
         except StoreUnavailable:
             self._results.extendleft(reversed(batch))
             raise
-        for machine_id, _, _ in batch:
+        for machine_id, _, result in batch:
             self._running.discard(machine_id)
+            if isinstance(result, Wait):
+                self._marks[machine_id] = result.mark
         self._fold()
         for machine_id, item, result in batch:
             self._next_look(machine_id, item, result)
@@ -326,7 +328,6 @@ class Launcher:
             return lambda tx: steps.issue(tx, item, result)
         work, now = item.subject.work, self._clock.now()
         progress = bool(result.mark) and result.mark != self._marks.get(machine_id)
-        self._marks[machine_id] = result.mark
         if not progress and now >= work.deadline:
             return lambda tx: steps.failed(tx, item, steps.timed_out(item, now), self._rng)
         if progress or result.why != work.waiting or (result.power and result.power != item.machine.power_observed):

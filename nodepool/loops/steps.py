@@ -36,6 +36,7 @@ from nodepool.store import Tx
 log = logging.getLogger("nodepool.launcher")
 
 RETRY = Backoff(first=5, limit=300)
+LONGEST = 600.0  # seconds: no retry is put off for longer, so a later one was written by a clock that was set back
 _OPEN = frozenset({OperationState.PENDING, OperationState.RUNNING})
 
 
@@ -128,6 +129,16 @@ def waits(tx: Tx, item: Item, answer: Wait, *, progress: bool) -> None:
         tx.put(replace(subject, work=work))
         if answer.power and answer.power != item.machine.power_observed:
             tx.put(_observed(tx, item.machine, answer.power))
+
+
+def attended(tx: Tx, item: Item) -> None:
+    """Somebody looks after the step again: its patience begins anew, or when it is next run."""
+    work = item.subject.work
+    step = item.step(work.step)
+    assert step is not None
+    next_at = min(work.next_at, tx.now + micros(LONGEST))
+    deadline = max(next_at, tx.now) + micros(item.timeout(step))
+    tx.put(replace(item.subject, work=replace(work, next_at=next_at, deadline=deadline)))
 
 
 def done(tx: Tx, item: Item, answer: Done) -> None:

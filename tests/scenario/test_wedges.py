@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
+from nodepool.clock import SECOND
 from nodepool.coord.local import SCOPE
 from nodepool.drivers import fake
 from nodepool.drivers.step import Done
 from nodepool.errors import OutOfOffice
-from nodepool.model import Machine, MachineState, NodeState, Operation, OperationState, Owner
+from nodepool.model import Event, Machine, MachineState, NodeState, Operation, OperationState, Owner
 from nodepool.store import engine
 
 
@@ -147,3 +148,38 @@ def test_a_promised_node_whose_machine_leaves_the_yaml_is_replaced(tell):
     story.reload(without(story, "lab-01"))
     assert story.run(lambda: story.state_of(wants) == "fulfilled", limit=600)
     assert story.nodes_of(wants)[0].machine == "lab-02"
+
+
+def failed_attempts(story):
+    return [event.message for event in story.all(Event) if event.type == "attempt-failed"]
+
+
+def test_time_without_a_daemon_is_charged_to_nobody(tell):
+    story = tell(machines=1, failures={"lab-01": "agent"})
+    story.run(lambda: story.states() and story.machine("lab-01").work.step == "agent")
+    story.die()
+    story.clock.advance(850)
+    story.start()
+    story.run(limit=600)
+    assert failed_attempts(story) == []
+
+
+def test_time_in_which_the_database_was_locked_is_charged_to_nobody(tell, locked):
+    story = tell(machines=1, delay=30)
+    story.run(lambda: story.states() and story.machine("lab-01").work.step == "erase")
+    with locked(story):
+        for _ in range(20):
+            story.clock.advance(30)
+            story.daemon.launcher.pass_once()
+    assert story.run(story.ready(1), limit=1800)
+    assert failed_attempts(story) == []
+
+
+def test_jobs_go_on_after_a_start_with_a_clock_that_was_set_back(tell):
+    story = tell(machines=1)
+    story.run(lambda: story.states() and story.machine("lab-01").work.step == "erase")
+    row = story.machine("lab-01").work
+    ahead = replace(row, next_at=row.next_at + 86400 * SECOND, deadline=row.deadline + 86400 * SECOND)
+    change(story, story.machine("lab-01"), work=ahead)
+    story.restart()
+    assert story.run(story.ready(1), limit=1800)
