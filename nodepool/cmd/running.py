@@ -112,15 +112,18 @@ class Service:
     def stop(self, seconds: float) -> None:
         """End within `seconds`; what runs on is written down and will be looked at again after the next start."""
         until = time.monotonic() + seconds
+        for thread in self._threads.values():
+            thread.end()
         self._daemon.builder.stop()
         self._api.stop()
         self._steps.stop()
-        self._builds.stop()
         self._power.close()
         for thread in self._threads.values():
             if not thread.stop(max(0.1, until - time.monotonic())):
                 log.warning("%s did not end in time", thread.name)
         self._network.stop()
+        if not self._builds.stop(max(0.1, until - time.monotonic())):
+            log.warning("an image build did not end in time; what it leaves is removed at the next start")
         self._metrics.close()
         self._store.close()
         self._referee.leave()

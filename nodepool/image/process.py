@@ -23,6 +23,7 @@ from nodepool.errors import Code, Permanent
 _LOOK = 0.25  # seconds between two looks at cancellation and deadline: an Event cannot be waited for beside a pipe
 _DRAIN = 3.0  # seconds for the last output of a command that has ended
 _GRACE = 15.0  # seconds to unmount and to go in peace
+_HURRY = 2.0  # the same when the daemon is being stopped, which has 5 s; the next start unmounts what is left
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def execute(
             _follow(work, process, log.write, on_line)
         finally:
             if process.poll() is None:
-                end_family(process.pid)
+                end_family(process.pid, _HURRY if work.cancelled.is_set() else _GRACE)
             process.stdout.close()
             process.wait()
     return process.returncode

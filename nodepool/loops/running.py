@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Protocol, TypeVar
 
 from nodepool.clock import SECOND, Clock, VirtualClock, seconds_between
@@ -44,11 +45,16 @@ class LoopThread:
         """Pass again soon."""
         self._woken.set()
 
-    def stop(self, timeout: float) -> bool:
-        """Let the pass that is under way end, and no other begin; says whether it did in time (seconds)."""
+    def end(self) -> None:
+        """Begin no other pass."""
         self._stopping = True
         self._woken.set()
-        self._thread.join(timeout)
+
+    def stop(self, timeout: float) -> bool:
+        """Let the pass that is under way end, and no other begin; says whether it did in time (seconds)."""
+        self.end()
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
@@ -73,33 +79,64 @@ class LoopThread:
 
 
 class ThreadedExecutor:
-    """A bounded pool of worker threads."""
+    """A bounded pool of worker threads.
+
+    They are daemon threads, unlike those of concurrent.futures, which the interpreter waits for when it ends: a login
+    that hangs must not hold up the end of the daemon.
+    """
 
     def __init__(self, workers: int, name: str) -> None:
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix=name)
+        self._name = name
+        self._workers = workers
         self._free = workers
         self._lock = threading.Lock()
+        self._stopped = False
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
 
     def free(self) -> int:
         """How many workers are idle."""
         return self._free
 
     def submit(self, work: Callable[[], T], then: Callable[[T], None]) -> None:
-        """Run `work` in a worker and hand what it gives to `then` there."""
-        with self._lock:
-            self._free -= 1
+        """Run `work` in a worker and hand what it gives to `then` there; after `stop` nothing is begun."""
 
         def run() -> None:
-            result = work()
-            with self._lock:
-                self._free += 1
+            try:
+                result = work()
+            finally:
+                with self._lock:
+                    self._free += 1
             then(result)
 
-        self._pool.submit(run)
+        with self._lock:
+            if self._stopped:
+                return
+            self._free -= 1
+            if self._workers - self._free > len(self._threads):
+                name = f"{self._name}-{len(self._threads)}"
+                self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
+                self._threads[-1].start()
+        self._jobs.put(run)
 
-    def stop(self) -> None:
-        """Take no more work; what runs is not waited for: it is written down and will be looked at again."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if not self._stopped:
+                job()
+
+    def stop(self, timeout: float = 0.0) -> bool:
+        """Take no more work; says whether what runs has ended within `timeout` seconds.
+
+        What has not is written down and will be looked at again.
+        """
+        with self._lock:
+            self._stopped = True
+        for _ in self._threads:
+            self._jobs.put(None)
+        until = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
 
 class InlineExecutor:

@@ -71,6 +71,7 @@ class Store:
         self.wake: list[Callable[[], None]] = []  # called after each commit that changed something; they take no data
         self.path = path
         self._inode = _inode(path)
+        self._closed = False
         self._lock = threading.RLock()
         self._feeds: list[Feed] = []
 
@@ -119,7 +120,8 @@ class Store:
         return self._patiently(attempt)
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Give the connections back; who waits for a locked database waits no longer."""
+        self._closed = True
         self.engine.dispose()
 
     def _attempt(self, use_case: Callable[[Tx], T], office: Office | None) -> tuple[Tx, T]:
@@ -155,7 +157,7 @@ class Store:
                 wait = _worth_waiting(error)
                 if wait is None:
                     raise StoreUnavailable(f"the database refused: {_plain(error)}") from error
-                if time.monotonic() > until:
+                if self._closed or time.monotonic() > until:
                     raise StoreUnavailable(f"the database does not answer: {_plain(error)}") from error
                 if not said and wait > 0.1:
                     log.warning("waiting for the database: %s", _plain(error))
