@@ -9,6 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_ssh_private_key,
+)
+
 from nodepool.errors import Code, ConfigError, Temporary
 
 T = TypeVar("T")
@@ -92,17 +102,17 @@ def ensure_key(path: Path) -> str:
 
     Raises ConfigError when the file there cannot be used.
     """
-    import asyncssh
-
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        key = asyncssh.generate_private_key("ssh-ed25519", comment="nodepool")
+        made = Ed25519PrivateKey.generate()
+        private = made.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "wb") as file:
-            file.write(key.export_private_key("openssh"))
+            file.write(private)
     try:
-        found = asyncssh.read_private_key(path)
-    except (OSError, asyncssh.KeyImportError, asyncssh.KeyEncryptionError) as error:
-        raise ConfigError((f"the SSH key {path} cannot be used: {error}",)) from error
-    public = found.export_public_key("openssh").decode().split()
-    return f"{public[0]} {public[1]} nodepool"
+        found = load_ssh_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ConfigError(
+            (f"the SSH key {path} cannot be used ({error}); it must be an OpenSSH private key without a passphrase",)
+        ) from error
+    return found.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode() + " nodepool"

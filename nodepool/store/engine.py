@@ -43,6 +43,8 @@ class Feed:
     def push(self, changes: list[Record]) -> None:
         """Called by the store after a commit."""
         with self._lock:
+            if self._lost:
+                return  # its reader reads everything anyway; one that never looks costs nothing
             if len(self._changes) + len(changes) > self._limit:
                 self._changes.clear()
                 self._lost = True

@@ -3,16 +3,19 @@
 import sqlite3
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine
 
 from nodepool import model as m
 from nodepool.clock import SystemClock, VirtualClock
 from nodepool.coord.local import LocalReferee, file_lock
 from nodepool.errors import ConfigError, Conflict, NotFound, OutOfOffice, Refused, StoreUnavailable
-from nodepool.store import engine, open_store
+from nodepool.store import engine, migrations, open_store
 from nodepool.store.engine import each
 from nodepool.store.rows import CODECS
 from nodepool.store.tables import metadata
@@ -51,9 +54,36 @@ def test_a_record_comes_back_as_it_was_stored(store, record):
     assert found == changed == replace(stored, version=1)
 
 
-def test_migrating_from_nothing_gives_the_tables_that_the_code_declares(store):
-    with store.engine.connect() as connection:
+def schema(engine):
+    """What the database says of itself, as text that can be compared."""
+    with engine.connect() as connection:
+        rows = connection.exec_driver_sql("SELECT type, name, sql FROM sqlite_master ORDER BY type, name").fetchall()
+    return {(kind, name): " ".join((sql or "").replace('"', "").split()) for kind, name, sql in rows}
+
+
+def test_all_migrations_together_give_the_tables_that_a_new_database_is_given_at_once(store, tmp_path):
+    migrated = create_engine(f"sqlite:///{tmp_path}/migrated.db")
+    migrations.migrate(migrated)
+    with migrated.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    at_once, one_by_one = schema(store.engine), schema(migrated)
+    assert at_once.keys() == one_by_one.keys()
+    migrated.dispose()
+
+
+def test_a_database_of_an_older_version_is_migrated_when_it_is_opened(tmp_path):
+    old = create_engine(f"sqlite:///{tmp_path}/old.db")
+    with old.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)")
+    old.dispose()
+    store = open_store(f"sqlite:///{tmp_path}/old.db", VirtualClock())
+    assert store.write(lambda tx: tx.add(machine())).id == 1
+    store.close()
+
+
+def test_the_head_that_lets_an_ordinary_start_skip_the_migrations_is_the_newest_one():
+    scripts = ScriptDirectory(str(Path(migrations.__file__).parent))
+    assert scripts.get_current_head() == migrations.HEAD
 
 
 def test_opening_a_database_again_changes_nothing(store, tmp_path):
