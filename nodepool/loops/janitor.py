@@ -25,17 +25,22 @@ class Janitor:
         self.sentence = "not run yet"
         self._store = store
         self._catalog = catalog
+        self._again_at = 0
 
     def pass_once(self) -> int:
-        """Sweep; gives when to sweep again (microseconds UTC)."""
+        """Sweep when it is time, not at every commit; gives when to sweep again (microseconds UTC)."""
         now = self._store.clock.now()
+        if now < self._again_at:
+            return self._again_at
         try:
             gone = self._store.write(self._sweep, self.office)
         except StoreUnavailable as error:
             log.warning("%s; sweeping later", error)
-            return now + 60 * SECOND
+            self._again_at = now + 60 * SECOND
+            return self._again_at
         self.sentence = f"{gone} old events, boots and operations forgotten"
-        return now + micros(EVERY)
+        self._again_at = now + micros(EVERY)
+        return self._again_at
 
     def _sweep(self, tx: Tx) -> int:
         before = tx.now - micros(self._catalog().config.event_retention)
