@@ -25,6 +25,7 @@ log = logging.getLogger("nodepool.builder")
 
 Progress = Callable[[str, float | None], None]
 Make = Callable[[DiskImage, str, Config, Progress, threading.Event], ImageResult]
+REMOVE_AGAIN = 300  # seconds
 _OPEN = [str(state) for state in (BuildState.REQUESTED, BuildState.BUILDING, BuildState.TESTING, BuildState.DELETING)]
 
 
@@ -52,6 +53,7 @@ class Builder:
         self._running: dict[str, threading.Event] = {}
         self._results: deque[tuple[str, ImageResult | StepError]] = deque()
         self._progress: dict[str, tuple[str, float | None]] = {}
+        self._remove_at: dict[str, int] = {}  # when to try again what could not be removed
         self._first = True
 
     def pass_once(self) -> int:
@@ -67,7 +69,8 @@ class Builder:
             log.warning("%s; trying again, nothing is lost", error)
             self._feed.lose()
             return self._store.clock.now() + SECOND
-        return self._store.clock.now() + 2 * SECOND if self._running else 0
+        later = [at for build_id, at in self._remove_at.items() if build_id in self._open]
+        return min([*later, self._store.clock.now() + 2 * SECOND] if self._running else later, default=0)
 
     def stop(self) -> None:
         """End the builds that run; the planner asks for them again after the next start."""
@@ -111,6 +114,8 @@ class Builder:
             return False
         build_id, result = self._results[0]
         config = self._catalog().config
+        if build_id not in self._open:
+            return self._forget(build_id)
         image = self._open[build_id].image
         if isinstance(result, ImageResult):
             self._write(lambda tx: images.finish(tx, config, build_id, result))
@@ -123,6 +128,9 @@ class Builder:
             self._write(lambda tx: images.fail(tx, build_id, str(result), result.code))
             self._metrics.build(image, 0.0, 0, good=False)
             self.sentence = f"building {image} failed: {result}"
+        return self._forget(build_id)
+
+    def _forget(self, build_id: str) -> bool:
         self._results.popleft()
         self._running.pop(build_id, None)
         return True
@@ -130,7 +138,10 @@ class Builder:
     def _take_up(self) -> bool:
         for build in sorted(self._open.values(), key=lambda build: build.created_at):
             if build.state is BuildState.DELETING:
-                self._remove(build)
+                if self._remove(build):
+                    return True
+            elif build.state is not BuildState.REQUESTED and build.id not in self._running:
+                self._write(lambda tx, b=build: images.interrupt(tx, b.id, "nobody is at work on it"))  # type: ignore[misc]
                 return True
             if build.state is BuildState.REQUESTED and build.id not in self._running and self._executor.free() > 0:
                 self._begin(build)
@@ -169,7 +180,18 @@ class Builder:
 
         self._executor.submit(work, then)
 
-    def _remove(self, build: Build) -> None:
-        for path in build.files.values():
-            Path(path).unlink(missing_ok=True)
+    def _remove(self, build: Build) -> bool:
+        """Remove the files of a build; one that cannot be removed now is tried again later, and holds up nobody."""
+        now = self._store.clock.now()
+        if now < self._remove_at.get(build.id, 0):
+            return False
+        try:
+            for path in build.files.values():
+                Path(path).unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("build %s of %s cannot be removed: %s", build.id, build.image, error)
+            self._remove_at[build.id] = now + REMOVE_AGAIN * SECOND
+            return False
         self._write(lambda tx: images.gone(tx, build.id))
+        self._remove_at.pop(build.id, None)
+        return True

@@ -33,6 +33,7 @@ from nodepool.plan.snapshot import PoolKey, Snapshot
 
 LABEL_BACKOFF = Backoff(first=15, limit=900)
 BUILD_BACKOFF = Backoff(first=60, limit=3600)
+_MAKING = frozenset({BuildState.REQUESTED, BuildState.BUILDING, BuildState.TESTING})
 BUILDS_KEPT = 2  # newest ready ones per image, as upstream keeps them
 
 
@@ -196,7 +197,7 @@ def _images(draft: Draft) -> None:
         for surplus in ready[BUILDS_KEPT:]:
             if surplus.id not in in_use:
                 draft.actions.append(DeleteBuild(surplus.id, f"{BUILDS_KEPT} newer builds of {image} are ready"))
-        if recipe.pause or len(builds) > len(ready):
+        if recipe.pause or any(build.state in _MAKING for build in builds):
             continue
         expires = ready[0].finished_at + micros(recipe.rebuild_age) if ready else 0
         if expires > draft.now:

@@ -6,13 +6,15 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 
 import pytest
+from sqlalchemy import event
 
 from nodepool.clock import SECOND
 from nodepool.coord.local import SCOPE
 from nodepool.drivers import fake
 from nodepool.drivers.step import Done
 from nodepool.errors import OutOfOffice
-from nodepool.model import Event, Machine, MachineState, NodeState, Operation, OperationState, Owner
+from nodepool.model import Build, BuildState, Event, Machine, MachineState, NodeState, Operation, OperationState, Owner
+from nodepool.service import images
 from nodepool.store import engine
 
 
@@ -151,7 +153,7 @@ def test_a_promised_node_whose_machine_leaves_the_yaml_is_replaced(tell):
 
 
 def failed_attempts(story):
-    return [event.message for event in story.all(Event) if event.type == "attempt-failed"]
+    return [told.message for told in story.all(Event) if told.type == "attempt-failed"]
 
 
 def test_time_without_a_daemon_is_charged_to_nobody(tell):
@@ -183,3 +185,40 @@ def test_jobs_go_on_after_a_start_with_a_clock_that_was_set_back(tell):
     change(story, story.machine("lab-01"), work=ahead)
     story.restart()
     assert story.run(story.ready(1), limit=1800)
+
+
+def test_a_build_whose_files_cannot_be_removed_holds_up_no_other(tell):
+    story = tell(min_ready=0)
+    story.run(lambda: story.builds("ready"))
+    [build] = story.builds("ready")
+    in_the_way = story.folder / "a folder"
+    in_the_way.mkdir()
+    story.store.write(lambda tx: tx.put(replace(build, files={"raw": str(in_the_way)})))
+    story.store.write(lambda tx: images.delete(tx, build.id, "tester"))
+    wants = story.request()
+    assert story.run(lambda: story.state_of(wants) == "fulfilled", limit=600)
+    in_the_way.rmdir()
+    assert story.run(lambda: story.builds("deleted"), limit=600)
+
+
+def test_a_build_that_nobody_is_at_work_on_is_replaced(tell):
+    story = tell(min_ready=1)
+    story.daemon.builder.pass_once()
+    lost = Build("ab" * 16, "debian", BuildState.BUILDING, story.clock.now(), story.clock.now())
+    story.store.write(lambda tx: tx.add(lost))
+    assert story.run(story.ready(1), limit=600)
+    assert [build.id for build in story.builds("cancelled")] == [lost.id]
+
+
+def test_what_is_old_is_swept_now_and_then_and_not_at_every_commit(tell):
+    story, sweeps = tell(machines=3, min_ready=3), []
+
+    def count(_connection, _cursor, statement, *_):
+        if statement.startswith("DELETE FROM events"):
+            sweeps.append(statement)
+
+    event.listen(story.store.engine, "before_cursor_execute", count)
+    story.run(story.ready(3))
+    assert len(sweeps) == 1
+    story.run(limit=2 * 3600 + 60)
+    assert len(sweeps) == 3
