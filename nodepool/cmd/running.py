@@ -22,6 +22,7 @@ from nodepool.coord.local import LocalReferee, Lock, file_lock, server_lock
 from nodepool.drivers import fake, metal
 from nodepool.drivers.power import open_power
 from nodepool.drivers.step import Ports
+from nodepool.errors import NodepoolError
 from nodepool.image.make import ImagePaths, ImageResult, make_image
 from nodepool.loops.launcher import Kit
 from nodepool.loops.running import Loop, LoopThread, ThreadedExecutor
@@ -40,20 +41,31 @@ class ConfigLoop:
 
     def __init__(self, file: ConfigFile, clock: Clock, put: Callable[[Config], None]) -> None:
         self.sentence = f"generation {file.current.generation} in force"
+        self._in_force = file.current
         self._file = file
         self._clock = clock
         self._put = put
 
     def pass_once(self) -> int:
         """Look at the files."""
-        config = self._file.refresh()
-        if config is not None:
-            log.info("the YAML has changed: generation %s is in force", config.generation)
-            self._put(config)
-        in_force = f"generation {self._file.current.generation} in force"
+        self._file.refresh()
         problems = self._file.problems
+        if self._file.current is not self._in_force:
+            problems = problems or self._bring_into_force(self._file.current)
+        in_force = f"generation {self._in_force.generation} in force"
         self.sentence = f"{in_force}; the edit since then is broken: {problems[0]}" if problems else in_force
         return self._clock.now() + self.EVERY * SECOND
+
+    def _bring_into_force(self, config: Config) -> tuple[str, ...]:
+        """Why it cannot be; then it is tried again at the next look."""
+        try:
+            self._put(config)
+        except (NodepoolError, OSError) as error:
+            if str(error) not in self.sentence:
+                log.error("generation %s cannot be brought into force: %s", config.generation, error)  # noqa: TRY400
+            return (str(error),)
+        self._in_force = config
+        return ()
 
 
 class Service:
