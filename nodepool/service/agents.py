@@ -17,7 +17,7 @@ from typing import Any
 from nodepool.clock import SECOND, micros
 from nodepool.door import Call, Expected, Lines, Reply
 from nodepool.errors import Code
-from nodepool.model import Boot, BootState, Machine, Operation, OperationState, Status
+from nodepool.model import Boot, BootState, Machine, Operation, OperationState, Record, Status
 from nodepool.plan import Catalog
 from nodepool.plan.board import Board
 from nodepool.service import loading
@@ -30,8 +30,29 @@ log = logging.getLogger("nodepool.agents")
 VERSION = "1"
 ATTEMPTS = 5  # at an answer that conflicts with what the launcher writes
 SEEN_EVERY = 60.0  # seconds between two marks that a waiting agent is still there
+REFUSALS = 1000  # different ones that are remembered, so that each is said once
 UNKNOWN = "unknown-machines"
 _OPEN = frozenset({OperationState.PENDING, OperationState.RUNNING})
+
+
+class _Index:
+    """The Board, and by token and id the newest boot of each machine: no other is known."""
+
+    def __init__(self) -> None:
+        self.board = Board()
+        self.by_token: dict[str, Boot] = {}
+        self.by_id: dict[int, Boot] = {}
+
+    def fold(self, record: Record) -> None:
+        """Take in a row that changed."""
+        before = self.board.boots.get(record.machine_id) if isinstance(record, Boot) else None
+        self.board.fold((record,))
+        if isinstance(record, Boot):
+            if before is not None and before.id != record.id:
+                self.by_token.pop(before.token, None)
+                self.by_id.pop(before.id, None)
+            newest = self.board.boots[record.machine_id]
+            self.by_token[newest.token] = self.by_id[newest.id] = newest
 
 
 class Desk:
@@ -41,9 +62,7 @@ class Desk:
         self._store = store
         self._catalog = catalog
         self._feed = store.feed()
-        self._board = Board()
-        self._by_token: dict[str, Boot] = {}
-        self._by_id: dict[int, Boot] = {}
+        self._index = _Index()
         self._work: set[int] = set()
         self._lock = threading.Lock()
         self.refused: Counter[str] = Counter()
@@ -57,8 +76,8 @@ class Desk:
             return None
         self._refresh()
         with self._lock:
-            machine = self._board.named(spec.name)
-            boot = self._board.boots.get(machine.id) if machine else None
+            machine = self._index.board.named(spec.name)
+            boot = self._index.board.boots.get(machine.id) if machine else None
         if machine is None or boot is None or boot.id != machine.boot_id or boot.state is not BootState.EXPECTED:
             return None
         return Expected(spec.name, boot.token)
@@ -88,14 +107,6 @@ class Desk:
         busy = Reply(503, {"error": "too busy to answer now", "wait": "2"})
         return [replies.get(number, busy) for number in range(len(calls))]
 
-    def _index(self, boot: Boot) -> None:
-        """Only the newest boot of a machine is known by its token and its id."""
-        held = self._board.boots.get(boot.machine_id)
-        if held is not None and held.id != boot.id:
-            self._by_token.pop(held.token, None)
-            self._by_id.pop(held.id, None)
-        self._by_token[boot.token] = self._by_id[boot.id] = boot
-
     def _use_case(self, call: Call) -> Callable[[Tx], Reply]:
         answer = self._hello if call.verb == "hello" else self._poll
         return lambda tx: answer(tx, call.lines, call.peer)
@@ -108,10 +119,10 @@ class Desk:
         with self._lock:
             told = [
                 operation
-                for operation in self._board.operations.values()
+                for operation in self._index.board.operations.values()
                 if operation.kind == "write" and operation.by_agent and operation.state in _OPEN
             ]
-            boots = {boot.id: boot for boot in self._board.boots.values()}
+            boots = {boot.id: boot for boot in self._index.board.boots.values()}
         return any(
             str(operation.params.get("url", "")).endswith(f"/files/{path}")
             and (boot := boots.get(operation.boot_id or 0)) is not None
@@ -129,18 +140,18 @@ class Desk:
     def _refresh(self) -> None:
         with self._lock:
             changes, whole = self._store.follow(self._feed, loading.board)
-            if not whole:
-                self._board, self._by_token, self._by_id = Board(), {}, {}
+            index = self._index if whole else _Index()  # agents that are answered meanwhile see the whole old one
             for record in changes:
-                if isinstance(record, Boot):
-                    self._index(record)
-            self._board.fold(changes)
+                index.fold(record)
+            self._index = index
             for record in changes:
                 if isinstance(record, Operation) and record.by_agent and record.state is OperationState.PENDING:
                     self._work.add(record.boot_id or 0)
 
     def _say_once(self, reply: Reply) -> None:
         error = reply.lines.get("error", "")
+        if len(self.refused) >= REFUSALS and error not in self.refused:
+            self.refused.clear()  # they name addresses: whoever knocks could fill the memory
         self.refused[error] += 1
         if self.refused[error] == 1:
             log.warning("an agent was refused (%d): %s", reply.status, error)
@@ -149,8 +160,8 @@ class Desk:
         if lines.get("version") != VERSION:
             return Reply(426, {"error": f"this daemon speaks version {VERSION} of the agent's protocol; reboot"})
         token, nonce = lines.get("token", ""), lines.get("nonce", "")
-        known = self._by_token.get(token)
-        machine = self._board.machines.get(known.machine_id) if known is not None else None
+        known = self._index.by_token.get(token)
+        machine = self._index.board.machines.get(known.machine_id) if known is not None else None
         if known is None or machine is None or not 16 <= len(nonce) <= 64:
             return Reply(403, {"error": f"the token of the agent at {peer} is not known here: foreign or long over"})
         return self._spend(tx, tx.latest(known), tx.latest(machine), lines, peer)
@@ -213,7 +224,7 @@ class Desk:
 
     def _boot(self, tx: Tx, lines: Lines) -> Boot | None:
         number, nonce = lines.get("boot", ""), lines.get("nonce", "")
-        known = self._by_id.get(int(number)) if number.isdecimal() and len(number) < 19 else None
+        known = self._index.by_id.get(int(number)) if number.isdecimal() and len(number) < 19 else None
         boot = tx.latest(known) if known is not None else None
         if boot is None or boot.state is not BootState.UP or not hmac.compare_digest(boot.nonce, nonce):
             return None
@@ -221,7 +232,7 @@ class Desk:
 
     def _operation(self, tx: Tx, boot: Boot) -> Operation | None:
         """The newest operation of the boot's machine, the only one that an agent may work at."""
-        known = self._board.operations.get(boot.machine_id)
+        known = self._index.board.operations.get(boot.machine_id)
         return tx.latest(known) if known is not None and known.boot_id == boot.id else None
 
 
