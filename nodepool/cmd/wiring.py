@@ -117,4 +117,4 @@ def revive(store: Store, world: World) -> None:
     machines = board.machines.values()
     boots = [(m.name, board.boots[m.id]) for m in machines if m.id in board.boots and board.boots[m.id].id == m.boot_id]
     nodes = [node for node in board.nodes.values() if board.machines[node.machine_id].node_id == node.id]
-    world.remember(boots, nodes)
+    world.remember(boots, nodes, on={m.name for m in machines if m.power_observed == "on"})

@@ -11,7 +11,7 @@ import hashlib
 import heapq
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nodepool.clock import Clock, micros
@@ -19,13 +19,14 @@ from nodepool.config.records import Config
 from nodepool.door import AgentDoor, Call, Lines, Reply
 from nodepool.drivers.metal import JOBS, entry
 from nodepool.drivers.power import DEADLINE, Bmc, BootDevice
-from nodepool.errors import Code, Permanent, StepError, Temporary
+from nodepool.errors import Code, Permanent, StepError, StoreUnavailable, Temporary
 from nodepool.model import Boot, BootState, Node
 from nodepool.ssh import Target
 
 __all__ = ["JOBS", "World", "entry"]
 
 DISK_SIZE = 8 * 10**9
+AGAIN = 2.0  # seconds until an agent that was not heard says it again
 _FAILURES = {
     "erase": (Code.DISK_ERASE, "disk vda still gives old bytes after it was erased"),
     "write": (Code.DISK_WRITE, "disk vda: input/output error at byte 4194304"),
@@ -91,18 +92,24 @@ class World:
                     machine.delay = provider.fake.delay
                     machine.failing = provider.fake.failures.get(spec.name, "")
 
-    def remember(self, boots: Iterable[tuple[str, Boot]], nodes: Iterable[Node]) -> None:
-        """Real machines outlive the daemon; these are put back as the store last knew them."""
+    def remember(self, boots: Iterable[tuple[str, Boot]], nodes: Iterable[Node], on: Container[str]) -> None:
+        """Real machines outlive the daemon; these are put back as the store last knew them, `on` those that read on."""
         for name, boot in boots:
-            if name in self.machines and boot.state is BootState.UP:
-                machine = self.machines[name]
+            machine = self.machines.get(name)
+            if machine is not None and boot.state is BootState.UP:
                 machine.on, machine.boot_id, machine.nonce = True, boot.id, boot.nonce
                 self._by_boot[boot.id] = name
                 self._later(machine, self._ask, 0.0)
+            elif machine is not None and boot.state is BootState.EXPECTED and name in on:
+                machine.on = True
+                self._later(machine, self._network_boot)
         for node in nodes:
-            if node.machine in self.machines and node.os_boot_id:
-                machine = self.machines[node.machine]
-                machine.on, machine.installed, machine.running = True, node.host_key, node.os_boot_id
+            machine = self.machines.get(node.machine)
+            if machine is None or not node.host_key:
+                continue
+            machine.on, machine.installed, machine.running = True, node.host_key, node.os_boot_id
+            if not node.os_boot_id and not machine.boot_id:
+                self._later(machine, self._disk_boot)
 
     # The port `Power`: the address is fake://NAME.
 
@@ -118,6 +125,7 @@ class World:
                 return
             machine.on = on
             machine.life += 1
+            self._by_boot.pop(machine.boot_id, None)
             machine.running, machine.nonce, machine.boot_id = "", "", 0
             if on:
                 machine.firmware_boots += 1
@@ -176,15 +184,23 @@ class World:
         while due := self._take_due():
             said = [(machine, found) for machine, happen in due if (found := happen(machine)) is not None]
             while said:
-                replies = self._door.together([call for _, (call, _) in said])
-                answered = zip(said, replies, strict=True)
-                said = [
-                    (machine, found)
-                    for (machine, (_, hear)), reply in answered
-                    if (found := hear(machine, reply)) is not None
-                ]
+                said = self._say(said)
         with self._lock:
             return self._events[0][0] if self._events else 0
+
+    def _say(self, said: Sequence[tuple[FakeMachine, Said]]) -> list[tuple[FakeMachine, Said]]:
+        """Say it all at the door; gives what the answers make the machines say.  What is not heard is said again."""
+        try:
+            replies = self._door.together([call for _, (call, _) in said])
+        except StoreUnavailable:
+            replies = [Reply(503)] * len(said)
+        following = []
+        for (machine, spoken), reply in zip(said, replies, strict=True):
+            if reply.status == 503:
+                self._later(machine, lambda _, s=spoken: s, AGAIN)  # type: ignore[misc]
+            elif (found := spoken[1](machine, reply)) is not None:
+                following.append((machine, found))
+        return following
 
     def _take_due(self) -> list[tuple[FakeMachine, Happening]]:
         due = []

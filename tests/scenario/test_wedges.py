@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import event
 
 from nodepool.clock import SECOND
+from nodepool.cmd.wiring import revive
 from nodepool.coord.local import SCOPE
 from nodepool.drivers import fake
 from nodepool.drivers.step import Done
@@ -222,3 +223,30 @@ def test_what_is_old_is_swept_now_and_then_and_not_at_every_commit(tell):
     assert len(sweeps) == 1
     story.run(limit=2 * 3600 + 60)
     assert len(sweeps) == 3
+
+
+@pytest.mark.parametrize("step", ["power-on", "agent", "erase", "write", "configure", "start", "login"])
+def test_machines_of_thin_air_outlive_a_kill_at_any_step(tell, step):
+    story = tell(machines=1, delay=2)
+    assert story.run(lambda: step in [row.work.step for row in (*story.all(Machine), *story.nodes())])
+    story.die()
+    story.world = None
+    story.start()
+    revive(story.store, story.world)
+    assert story.run(story.ready(1), limit=120)
+
+
+def test_what_agents_say_while_the_database_is_locked_is_said_again(tell, locked):
+    story = tell(machines=1, delay=10)
+    story.run(lambda: story.states() and story.machine("lab-01").work.step == "agent")
+    with locked(story):
+        story.clock.advance(20)
+        story.world.pass_once()
+    assert story.run(lambda: story.machine("lab-01").state != "inspecting", limit=60)
+
+
+def test_who_knocks_with_any_number_of_tokens_does_not_fill_the_memory(tell):
+    story = tell(machines=1)
+    for number in range(1200):
+        story.desk.hello({"version": "1", "token": "x", "nonce": "n" * 16}, f"192.0.2.{number}")
+    assert 0 < sum(story.desk.refused.values()) <= 1000
