@@ -31,7 +31,7 @@ from nodepool.model import (
 from nodepool.plan.board import HAND_OVER
 from nodepool.service import requests
 from nodepool.service.moves import move, note
-from nodepool.store import Tx
+from nodepool.store import Tx, tables
 
 log = logging.getLogger("nodepool.launcher")
 
@@ -262,9 +262,12 @@ def _give_up(tx: Tx, item: Item, error: StepError, strikes: int) -> None:
     if item.job == NodeState.BUILDING:
         assert item.node is not None
         move(tx, item.node, NodeEvent.FAIL, _sentence(work, error), failed_at=tx.now, **failure)
-        if error.code.fault not in {Fault.MACHINE, Fault.USER}:
+        fault = error.code.fault
+        if fault is Fault.IMAGE and _proven_elsewhere(tx, item.node):
+            fault, strikes = Fault.MACHINE, strikes + 1
+        if fault not in {Fault.MACHINE, Fault.USER}:
             return
-        if error.code.fault is Fault.MACHINE and strikes < item.provider.strikes:
+        if fault is Fault.MACHINE and strikes < item.provider.strikes:
             tx.put(replace(machine, strikes=strikes))
             return
     retry_at = tx.now + micros(item.provider.retry_broken)
@@ -272,6 +275,12 @@ def _give_up(tx: Tx, item: Item, error: StepError, strikes: int) -> None:
         since=tx.now, next_at=retry_at, waiting="to be inspected again", error=str(error), code=str(error.code)
     )
     move(tx, machine, MachineEvent.BREAK, _sentence(work, error), work=broken, strikes=0, **failure)
+
+
+def _proven_elsewhere(tx: Tx, node: Node) -> bool:
+    """Whether another machine was READY with the same build: what fails here is not the image's fault then."""
+    c = tables.nodes.c
+    return bool(tx.select(Node, c.build_id == node.build_id, c.machine_id != node.machine_id, c.ready_at > 0, limit=1))
 
 
 def _lost(tx: Tx, item: Item, error: StepError) -> None:

@@ -74,16 +74,19 @@ class Draft:
         return self._free[label]
 
     def available(self, key: PoolKey) -> list[int]:
-        """Machines of a pool that can be used now, by name, less those that this plan has given."""
+        """Machines of a pool that can be used now, less those that this plan has given.
+
+        The one that has waited longest comes first: one on which nodes fail is not tried again before all others.
+        """
         if self._available is None:
             self._available = {}
             for machine_id in self.snapshot.machines_in[MachineState.AVAILABLE]:
                 machine = self.snapshot.machines[machine_id]
                 pool = self.catalog.pool_of.get(machine.name)
-                if pool is not None and not machine.retired and not machine.maintenance:
+                if pool is not None and machine.accepted and not machine.retired and not machine.maintenance:
                     self._available.setdefault((pool.provider, pool.name), []).append(machine_id)
             for ids in self._available.values():
-                ids.sort(key=lambda i: self.snapshot.machines[i].name)
+                ids.sort(key=lambda i: (self.snapshot.machines[i].since, self.snapshot.machines[i].name))
         return self._available.setdefault(key, [])
 
     def servers(self, key: PoolKey) -> int:
@@ -325,7 +328,7 @@ def _no_machine(draft: Draft, pool: Pool) -> str:
             states["not enrolled yet"] += 1
         elif machine.maintenance:
             states["in maintenance"] += 1
-        elif machine.state is MachineState.INSPECTED and not machine.accepted:
+        elif machine.state in {MachineState.INSPECTED, MachineState.AVAILABLE} and not machine.accepted:
             states["waiting to be accepted"] += 1
         else:
             states[str(machine.state)] += 1

@@ -86,7 +86,7 @@ def _accept(tx: Tx, _catalog: Catalog, action: a.Accept) -> None:
 
 def _create_node(tx: Tx, catalog: Catalog, action: a.CreateNode) -> None:
     machine = _current(tx, action.machine_id, MachineState.AVAILABLE)
-    if machine.node_id is not None or machine.maintenance or machine.retired:
+    if machine.node_id is not None or machine.maintenance or machine.retired or not machine.accepted:
         raise Conflict(f"{machine.name} is not to be used now")
     spec = catalog.machines[machine.name]
     provider = catalog.config.providers[action.provider]

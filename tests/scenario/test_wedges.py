@@ -250,3 +250,26 @@ def test_who_knocks_with_any_number_of_tokens_does_not_fill_the_memory(tell):
     for number in range(1200):
         story.desk.hello({"version": "1", "token": "x", "nonce": "n" * 16}, f"192.0.2.{number}")
     assert 0 < sum(story.desk.refused.values()) <= 1000
+
+
+def test_a_machine_whose_systems_never_answer_does_not_keep_the_pool_from_the_others(tell):
+    story = tell(machines=2, min_ready=1, failures={"lab-01": "login"})
+    assert story.run(story.ready(1), limit=3600)
+
+
+def test_a_machine_on_which_a_proven_image_does_not_start_is_broken_in_the_end(tell):
+    story = tell(machines=2, min_ready=1, failures={"lab-01": "login"})
+    story.run(story.ready(1), limit=3600)
+    story.request()
+    assert story.run(lambda: story.states()["lab-01"] == "broken", limit=4 * 3600)
+    assert story.machine("lab-01").failure_code == "login-silent"
+
+
+def test_a_machine_that_is_accepted_no_more_is_not_wiped_again(tell):
+    story = tell(machines=2, min_ready=0, max_servers=2)
+    story.run(lambda: set(story.states().values()) == {"available"})
+    declared = "machines: [{name: lab-01, accept: false}, {name: lab-02}]"
+    story.reload(re.sub("count: .*", declared, story.path.read_text()).replace("min-ready: 0", "min-ready: 2"))
+    story.run(limit=600)
+    assert story.states() == {"lab-01": "available", "lab-02": "occupied"}
+    assert "1 waiting to be accepted" in " ".join(story.daemon.planner.reasons["small"])
