@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from nodepool.config.records import Config, MachineSpec, Pool, PoolLabel, Provider
+
+Key = tuple[str, str]  # provider and name of a pool
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,40 @@ class Catalog:
     def capacity(self, label: str) -> int:
         """How many nodes of `label` there can ever be at once."""
         return sum(pool_limit(pool) for pool, _ in self.offers.get(label, ()))
+
+    def fits(self, labels: Iterable[str]) -> bool:
+        """Whether nodes of these labels, one for each, could ever live at the same time (a maximum flow)."""
+        wanted = tuple(labels)
+        offers = {label: [_key(pool) for pool, _ in self.offers.get(label, ())] for label in wanted}
+        room = {_key(pool): pool_limit(pool) for label in offers for pool, _ in self.offers.get(label, ())}
+        seated: Counter[tuple[str, Key]] = Counter()  # label, pool -> nodes
+
+        def seat(label: str, tried: set[Key]) -> bool:
+            for key in offers[label]:
+                if key in tried:
+                    continue
+                tried.add(key)
+                if room[key]:
+                    room[key] -= 1
+                elif not make_place(key, tried):
+                    continue
+                seated[label, key] += 1
+                return True
+            return False
+
+        def make_place(key: Key, tried: set[Key]) -> bool:
+            sitting = [label for label in offers if seated[label, key]]
+            for label in sitting:
+                if seat(label, tried):
+                    seated[label, key] -= 1
+                    return True
+            return False
+
+        return all(seat(label, set()) for label in wanted)
+
+
+def _key(pool: Pool) -> Key:
+    return pool.provider, pool.name
 
 
 def pool_limit(pool: Pool) -> int:

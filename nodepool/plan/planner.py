@@ -7,6 +7,7 @@ what this plan has already spent (machines, slots of pools, READY nodes), so tha
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nodepool.clock import micros, seconds_between
@@ -31,6 +32,8 @@ from nodepool.plan.actions import (
 from nodepool.plan.catalog import Catalog, pool_limit
 from nodepool.plan.snapshot import PoolKey, Snapshot
 
+_GOING = frozenset({NodeState.FAILED, NodeState.USED, NodeState.DELETING})
+_ON_THE_WAY = frozenset({MachineState.ENROLLED, MachineState.INSPECTING, MachineState.INSPECTED, MachineState.CLEANING})
 LABEL_BACKOFF = Backoff(first=15, limit=900)
 BUILD_BACKOFF = Backoff(first=60, limit=3600)
 _MAKING = frozenset({BuildState.REQUESTED, BuildState.BUILDING, BuildState.TESTING})
@@ -250,12 +253,16 @@ def _requests(draft: Draft) -> Counter[str]:
 
 def why_impossible(offered: Catalog, labels: tuple[str, ...]) -> str:
     """Why a request for these labels can never be filled; empty when it can."""
-    for label, count in Counter(labels).items():
+    wanted = Counter(labels)
+    for label, count in wanted.items():
         if label not in offered.offers:
             known = ", ".join(sorted(offered.offers)) or "none"
             return f"no pool offers the label {label} (labels: {known})"
         if count > offered.capacity(label):
             return f"{count} nodes of {label} are more than its pools can ever have ({offered.capacity(label)})"
+    if len(wanted) > 1 and not offered.fits(labels):
+        together = " and ".join(f"{count} of {label}" for label, count in wanted.items())
+        return f"{together} are more than their pools can ever have at the same time"
     return ""
 
 
@@ -269,16 +276,69 @@ def _capacity(draft: Draft, missing: Counter[str]) -> None:
             deficits[label.name] = wanted - have
     for label_name in [name for name in deficits if _in_trouble(draft, name)]:
         del deficits[label_name]
+    unplaced: dict[str, int] = {}
     while deficits:
         for label_name in list(deficits):
             action = _place(draft, label_name)
             if action is None:
-                del deficits[label_name]
+                unplaced[label_name] = deficits.pop(label_name)
                 continue
             draft.actions.append(action)
             deficits[label_name] -= 1
             if not deficits[label_name]:
                 del deficits[label_name]
+    labels = draft.catalog.config.labels  # what min-ready wants is no reason to take others' nodes down
+    _make_room(draft, {name: count - max(0, labels[name].min_ready) for name, count in unplaced.items()})
+
+
+def _make_room(draft: Draft, lacks: Mapping[str, int]) -> None:
+    """READY nodes that nobody was promised give way to requests for other labels that have no other place.
+
+    As many as miss a place are taken down, less the machines that are on their way back already.
+    """
+    coming = _coming(draft) if any(count > 0 for count in lacks.values()) else Counter()
+    going: set[int] = set()
+    for label, count in lacks.items():
+        left = count
+        for pool, offer in draft.catalog.offers.get(label, ()):
+            if left <= 0 or draft.newest_ready(offer.diskimage) is None:
+                continue
+            key = (pool.provider, pool.name)
+            back = min(left, coming[key])
+            coming[key] -= back
+            left -= back
+            for node_id in [i for i in _spare(draft, key, label) if i not in going][:left]:
+                draft.actions.append(DeleteNode(node_id, f"a request waits for {label}, and there is no other room"))
+                going.add(node_id)
+                left -= 1
+
+
+def _coming(draft: Draft) -> Counter[PoolKey]:
+    """How many machines of each pool are on their way to be available."""
+    coming: Counter[PoolKey] = Counter()
+    over = {action.node_id for action in draft.actions if isinstance(action, DeleteNode)}
+    for machine in draft.snapshot.machines.values():
+        pool, node = draft.catalog.pool_of.get(machine.name), draft.snapshot.nodes.get(machine.node_id or 0)
+        if pool is None or machine.retired or machine.maintenance or not machine.accepted:
+            continue
+        vacated = node is not None and (node.state in _GOING or node.id in over)
+        if machine.state in _ON_THE_WAY or (machine.state is MachineState.OCCUPIED and vacated):
+            coming[pool.provider, pool.name] += 1
+    return coming
+
+
+def _spare(draft: Draft, key: PoolKey, label: str) -> list[int]:
+    """Free nodes of other labels in a pool: those kept beyond min-ready first, then the oldest."""
+    found: list[tuple[bool, int, int]] = []
+    for other in draft.snapshot.free:
+        wanted = draft.catalog.config.labels.get(other)
+        nodes = [draft.snapshot.nodes[i] for i in draft.free_nodes(other)] if other != label else []
+        surplus = len(nodes) - max(0, wanted.min_ready if wanted else 0)
+        for place, node in enumerate(nodes):
+            pool = draft.catalog.pool_of.get(node.machine)
+            if pool is not None and (pool.provider, pool.name) == key:
+                found.append((place >= surplus, node.ready_at, node.id))
+    return [node_id for _, _, node_id in sorted(found)]
 
 
 def _in_trouble(draft: Draft, label: str) -> bool:
