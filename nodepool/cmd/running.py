@@ -88,7 +88,7 @@ class Service:
         self._power = open_power(lambda: not self.lost_office)
         self._steps = ThreadedExecutor(config.launch_workers, "step")
         self._builds = ThreadedExecutor(1, "build")
-        self._network = NetworkBoot(lambda: self._file.current, self._desk, config.socket.parent / "boot", clock)
+        self._network = NetworkBoot(lambda: self._current().config, self._desk, config.socket.parent / "boot", clock)
         kits = {
             "metal": Kit(metal.JOBS, metal.entry, self._metal_ports),
             "fake": Kit(fake.JOBS, fake.entry, self._fake_ports, blocking=False),

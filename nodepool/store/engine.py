@@ -133,7 +133,14 @@ class Store:
                 tx.check(office)
             result = use_case(tx)
             tx.flush()
-            connection.commit()
+            try:
+                connection.commit()
+            except DBAPIError:
+                for feed in self._feeds:  # it may have been committed all the same: nobody can know by what was told
+                    feed.lose()
+                for wake in self.wake:
+                    wake()
+                raise
             return tx, result
 
     @contextmanager

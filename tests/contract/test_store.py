@@ -9,7 +9,8 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, event
+from sqlalchemy.exc import OperationalError
 
 from nodepool import model as m
 from nodepool.clock import SystemClock, VirtualClock
@@ -229,3 +230,19 @@ def test_who_is_out_of_office_writes_nothing(store, tmp_path):
     store.write(lambda tx: tx.add(machine()), office)
     new.leave()
     assert len(store.read(lambda tx: tx.select(m.Machine))) == 1
+
+
+def test_after_a_commit_whose_outcome_is_unknown_every_reader_reads_anew(store):
+    feed = store.feed()
+    feed.drain()
+
+    def committed_but_not_said(connection):
+        connection.connection.commit()
+        raise OperationalError("COMMIT", {}, sqlite3.OperationalError("disk I/O error"))
+
+    event.listen(store.engine, "commit", committed_but_not_said)
+    with pytest.raises(StoreUnavailable, match="disk I/O error"):
+        store.write(lambda tx: tx.add(machine()))
+    event.remove(store.engine, "commit", committed_but_not_said)
+    assert len(store.read(lambda tx: tx.select(m.Machine))) == 1
+    assert feed.drain() == ([], False)
