@@ -121,6 +121,7 @@ class Machine:
     maintenance_by: str = ""
     retired: bool = False
     origin: str = "file"
+    declared: str = ""  # a digest of what the YAML says about it: another one means that somebody changed something
     strikes: int = 0
     node_id: int | None = None
     boot_id: int | None = None

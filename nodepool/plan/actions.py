@@ -13,6 +13,7 @@ class Enroll:
     name: str
     provider: str
     accepted: bool
+    declared: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from nodepool.config.records import Config, MachineSpec, Pool, PoolLabel, Provider
+from nodepool.config.records import Config, Credential, MachineSpec, Pool, PoolLabel, Provider
 
 Key = tuple[str, str]  # provider and name of a pool
 
@@ -21,6 +22,7 @@ class Catalog:
     offers: Mapping[str, tuple[tuple[Pool, PoolLabel], ...]]  # by label, in the order of the YAML
     images: Mapping[str, tuple[str, ...]]  # image -> providers that use it
     machine_at: Mapping[str, MachineSpec]  # by MAC
+    digests: Mapping[str, str]  # of what the YAML and the secrets say about each machine, by name
 
     def provider(self, name: str) -> Provider | None:
         """The provider of this name, if the YAML still has it."""
@@ -97,4 +99,19 @@ def catalog(config: Config) -> Catalog:
             for spec in provider.machines
             for interface in spec.interfaces
         },
+        digests={
+            spec.name: _digest(spec, config.credentials.get(spec.credentials))
+            for provider in config.providers.values()
+            for spec in provider.machines
+        },
     )
+
+
+def _digest(spec: MachineSpec, credential: Credential | None) -> str:
+    """16 hex digits; the last four are of the credential: enough to see a change, too few to find a password by."""
+    secret = f"{spec.name}\n{credential.username}\n{credential.password}" if credential else ""
+    return _hex(repr(spec))[:12] + _hex(secret)[:4]
+
+
+def _hex(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -126,8 +126,9 @@ def _roster(draft: Draft) -> None:
     known = draft.snapshot.machine_ids
     for name, spec in draft.catalog.machines.items():
         machine = draft.snapshot.machine(name)
-        if machine is None or machine.retired or machine.accepted != spec.accept or machine.provider != spec.provider:
-            draft.actions.append(Enroll(name, spec.provider, spec.accept))
+        wanted = (spec.provider, spec.accept, draft.catalog.digests[name])
+        if machine is None or machine.retired or (machine.provider, machine.accepted, machine.declared) != wanted:
+            draft.actions.append(Enroll(name, *wanted))
     if len(known) > len(draft.catalog.machines) or known.keys() != draft.catalog.machines.keys():
         for name in known.keys() - draft.catalog.machines.keys():
             machine = draft.snapshot.machines[known[name]]

@@ -52,8 +52,13 @@ def _current(tx: Tx, machine_id: int, *states: MachineState) -> Machine:
 def _enroll(tx: Tx, _catalog: Catalog, action: a.Enroll) -> None:
     found = tx.select(Machine, machines.c.name == action.name)
     if found:
-        changed = replace(found[0], provider=action.provider, accepted=action.accepted, retired=False)
-        note(tx, tx.put(changed), "declared", "the YAML declares it with other settings now")
+        machine = found[0]
+        work = machine.work
+        if machine.state is MachineState.BROKEN:  # what broke it may be mended by this
+            work = replace(work, next_at=tx.now)
+        changed = replace(machine, provider=action.provider, accepted=action.accepted, declared=action.declared)
+        changed = tx.put(replace(changed, retired=False, work=work))
+        note(tx, changed, "declared", "the YAML declares it with other settings now")
         return
     machine = tx.add(
         Machine(
@@ -64,6 +69,7 @@ def _enroll(tx: Tx, _catalog: Catalog, action: a.Enroll) -> None:
             since=tx.now,
             enrolled_at=tx.now,
             accepted=action.accepted,
+            declared=action.declared,
         )
     )
     note(tx, machine, "enrolled", "declared in the YAML", to_state=str(machine.state))

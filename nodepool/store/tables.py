@@ -70,6 +70,7 @@ machines = Table(
     _text("maintenance_by"),
     _int("retired"),
     _text("origin", 20),
+    _text("declared", 20),
     _int("strikes"),
     _ref("node_id"),
     _ref("boot_id"),

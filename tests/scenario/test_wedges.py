@@ -273,3 +273,14 @@ def test_a_machine_that_is_accepted_no_more_is_not_wiped_again(tell):
     story.run(limit=600)
     assert story.states() == {"lab-01": "available", "lab-02": "occupied"}
     assert "1 waiting to be accepted" in " ".join(story.daemon.planner.reasons["small"])
+
+
+def test_a_broken_machine_is_looked_at_again_as_soon_as_its_yaml_changes(tell):
+    story = tell(machines=1, failures={"lab-01": "agent"})
+    assert story.run(lambda: story.states().get("lab-01") == "broken", limit=7200)
+    mended = story.path.read_text().replace("{'lab-01': 'agent'}", "{}")
+    story.reload(mended)
+    story.run(limit=60)
+    assert story.states()["lab-01"] == "broken"  # nothing about this machine has changed
+    story.reload(mended.replace("count: 1", "machines: [{name: lab-01, rack: other}]"))
+    assert story.run(story.ready(1), limit=120)
