@@ -23,6 +23,7 @@ from nodepool.store import tables as t
 
 log = logging.getLogger("nodepool.builder")
 
+MISSING_EVERY = 60  # seconds between two looks at the files of what is ready
 Progress = Callable[[str, float | None], None]
 Make = Callable[[DiskImage, str, Config, Progress, threading.Event], ImageResult]
 REMOVE_AGAIN = 300  # seconds
@@ -55,6 +56,7 @@ class Builder:
         self._progress: dict[str, tuple[str, float | None]] = {}
         self._remove_at: dict[str, int] = {}  # when to try again what could not be removed
         self._first = True
+        self._missed_at = 0
 
     def pass_once(self) -> int:
         """Do what can be done now; gives when to look again (microseconds UTC), 0 when only a change can bring more."""
@@ -62,6 +64,7 @@ class Builder:
             self._fold()
             if self._first:
                 self._after_a_start()
+            self._miss(self._store.clock.now())
             self._write_progress()
             while self._write_results() or self._take_up():
                 self._fold()
@@ -70,7 +73,8 @@ class Builder:
             self._feed.lose()
             return self._store.clock.now() + SECOND
         later = [at for build_id, at in self._remove_at.items() if build_id in self._open]
-        return min([*later, self._store.clock.now() + 2 * SECOND] if self._running else later, default=0)
+        later.append(self._missed_at)
+        return min([*later, self._store.clock.now() + 2 * SECOND] if self._running else later)
 
     def stop(self) -> None:
         """End the builds that run; the planner asks for them again after the next start."""
@@ -92,14 +96,35 @@ class Builder:
         for build in self._open.values():
             if build.state in {BuildState.BUILDING, BuildState.TESTING}:
                 self._write(lambda tx, b=build: images.interrupt(tx, b.id, "its builder was stopped"))  # type: ignore[misc]
+        self._tidy(self._catalog().config.images_dir)
+        self._first = False
+        self._fold()
+
+    def _tidy(self, folder: Path) -> None:
+        """Remove what stopped builds have left, in a folder that is this database's own."""
         kept = [str(state) for state in (BuildState.REQUESTED, BuildState.READY, BuildState.DELETING)]
         known = {build.id for build in self._store.read(lambda tx: tx.select(Build, t.builds.c.state.in_(kept)))}
-        stale = leftovers(self._catalog().config.images_dir, known)
+        stale = leftovers(folder, known)
+        ours = self._store.write(images.database_id, self.office)
+        owner = folder / "database.id"
+        if stale and (not owner.exists() or owner.read_text().strip() != ours):
+            log.warning("%s has images of another database; they are left alone: %s", folder, stale[0].name)
+            return
         if stale:
             log.info("removing what builds that were stopped have left: %s", ", ".join(path.name for path in stale))
             remove(stale)
-        self._first = False
-        self._fold()
+        folder.mkdir(parents=True, exist_ok=True)
+        owner.write_text(f"{ours}\n")
+
+    def _miss(self, now: int) -> None:
+        """A build whose file somebody has removed is no build: the planner asks for another."""
+        if now < self._missed_at:
+            return
+        self._missed_at = now + MISSING_EVERY * SECOND
+        for build in self._store.read(lambda tx: tx.select(Build, t.builds.c.state == str(BuildState.READY))):
+            gone = [path for path in build.files.values() if not Path(path).exists()]
+            if gone:
+                self._write(lambda tx, b=build, g=gone: images.lost(tx, b.id, g[0]))  # type: ignore[misc]
 
     def _write(self, use_case: Callable[[Tx], object]) -> None:
         self._store.write(use_case, self.office)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import replace
 
 from nodepool.clock import SECOND, micros
@@ -9,7 +10,7 @@ from nodepool.config.records import Config
 from nodepool.errors import Code, NotFound, Refused
 from nodepool.image.make import ImageResult
 from nodepool.lifecycle import BuildEvent
-from nodepool.model import Build, BuildState, Copy, Node, NodeState, Work
+from nodepool.model import Build, BuildState, Copy, Node, NodeState, Owner, Work
 from nodepool.service.moves import move
 from nodepool.service.pool import request_build
 from nodepool.store import Tx
@@ -97,6 +98,17 @@ def delete(tx: Tx, build_id: str, actor: str) -> Build:
     if needs_it:
         raise Refused(f"build {build.id} is being written: node {needs_it[0].id} is built from it; delete that first")
     return move(tx, build, BuildEvent.DELETE, "deleted by hand", actor)
+
+
+def lost(tx: Tx, build_id: str, path: str) -> None:
+    """A build that is ready has lost its file."""
+    move(tx, tx.get(Build, build_id), BuildEvent.DELETE, f"its file {path} is missing")
+
+
+def database_id(tx: Tx) -> str:
+    """What tells this database from every other: files beside it carry it, so that none removes another's."""
+    known = tx.find(Owner, "database")
+    return (known or tx.add(Owner("database", 0, uuid.uuid4().hex, 0))).holder
 
 
 def gone(tx: Tx, build_id: str) -> None:

@@ -27,6 +27,7 @@ from nodepool.store import open_store
 
 YAML = """
 version: 1
+images-dir: %(folder)s/images
 diskimages: [{name: debian, release: bookworm, elements: [debian-minimal]}]
 labels: [{name: small, min-ready: %(min_ready)s}]
 providers:
@@ -61,7 +62,11 @@ class Pool:
         self.path = folder / "np.sock"
         self.broken_images = set()
         yaml = folder / "nodepool.yaml"
-        yaml.write_text(textwrap.dedent(YAML % {"machines": machines, "min_ready": min_ready, "failures": failures}))
+        yaml.write_text(
+            textwrap.dedent(
+                YAML % {"folder": folder, "machines": machines, "min_ready": min_ready, "failures": failures}
+            )
+        )
         self.current = Current(load(yaml))
         self.store = open_store(f"sqlite:///{folder}/nodepool.db", self.clock)
         self.commits = 0

@@ -75,7 +75,8 @@ class Story:
         self.start()
 
     def write(self, yaml):
-        self.path.write_text(textwrap.dedent(yaml))
+        own = "" if "images-dir" in yaml else f"images-dir: {self.folder}/images\n"  # never those of where tests run
+        self.path.write_text(own + textwrap.dedent(yaml))
 
     def start(self):
         database = self.folder / "nodepool.db"

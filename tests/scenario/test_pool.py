@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 from nodepool.model import Machine, NodeState
+from nodepool.service import images
 
 
 def test_an_empty_pool_fills_up_to_min_ready(tell):
@@ -154,6 +155,29 @@ def test_images_are_built_anew_when_they_are_old_and_two_are_kept(tell):
     story.run(limit=5 * 86400 + 3600)
     assert len(story.builds("ready")) == 2
     assert len(list(story.folder.glob("*.raw"))) == 2
+
+
+def test_an_image_whose_file_was_removed_is_built_again(tell):
+    story = tell()
+    story.run(story.ready(1))
+    [build] = story.builds("ready")
+    (story.folder / f"{build.id}.raw").unlink()
+    assert story.run(lambda: [found.id for found in story.builds("ready")] not in ([], [build.id]), limit=300)
+
+
+def test_files_of_stopped_builds_go_at_a_start_and_those_of_another_database_stay(tell):
+    story = tell(min_ready=0)
+    story.run(limit=60)
+    left = story.folder / "images" / f"debian-{'ab' * 16}.raw"
+    left.write_bytes(b"of a build that nobody knows")
+    (story.folder / "images" / "database.id").write_text("somebody else's\n")
+    story.restart()
+    story.run(limit=60)
+    assert left.exists()
+    (story.folder / "images" / "database.id").write_text(story.store.write(images.database_id))
+    story.restart()
+    story.run(limit=60)
+    assert not left.exists()
 
 
 def test_a_machine_that_leaves_the_yaml_is_retired_after_its_use(tell):
