@@ -49,6 +49,7 @@ class Code(StrEnum):
     LOGIN_AUTH = "login-auth"
     LOGIN_OLD_SYSTEM = "login-old-system"
     TRANSFER = "transfer"
+    KEXEC_FAILED = "kexec-failed"
     TIMEOUT = "timeout"
     CONFIG = "config"
     CANCELLED = "cancelled"
@@ -75,6 +76,7 @@ _FAULTS = {
     Code.LOGIN_AUTH: Fault.IMAGE,
     Code.LOGIN_OLD_SYSTEM: Fault.MACHINE,
     Code.TRANSFER: Fault.NETWORK,
+    Code.KEXEC_FAILED: Fault.SERVICE,
     Code.CONFIG: Fault.USER,
     Code.CANCELLED: Fault.USER,
     Code.UNEXPECTED: Fault.SERVICE,

@@ -157,6 +157,7 @@ class Node:
     username: str = ""
     host_key: str = ""
     os_boot_id: str = ""
+    started_by: str = ""  # how its system was started: reboot or kexec
     request_id: int | None = None
     comment: str = ""
     failure: str = ""  # why it failed
@@ -224,6 +225,9 @@ class Build:
     size: int = 0  # bytes of the raw disk
     sha256: str = ""  # of the raw disk, holes read as zeros
     seconds: float = 0.0
+    starts: Json = field(
+        default_factory=dict
+    )  # "proven": its loader has started a node; "no_kexec": models it fails on
     log: str = ""
     finished_at: int = 0
     version: int = 0

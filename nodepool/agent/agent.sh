@@ -631,14 +631,42 @@ operation_start() {
     method=$(value "$OP/instruction" method)
     case $method in
     reboot) done_with ;;
-    kexec) fail agent-error "kexec is not offered by this agent yet; start by reboot" ;;
+    kexec) load_new_kernel && done_with ;;
     *) fail agent-error "this agent does not know the start method $method" ;;
     esac
 }
 
-go_down() {
-    say "restarting this machine"
+# Load the installed kernel, so that it can be started without another self test of the firmware.  Its command line is
+# the one that the image keeps in /etc/kernel/cmdline (kernel-install(8)).
+load_new_kernel() {
+    command -v kexec >/dev/null || fail kexec-failed "this ramdisk has no kexec (agent-build found no kexec-tools)"
+    disk=$(operation_disk) || exit 1
+    mkdir -p "$OP/root"
+    ROOT=$(readlink -f "$OP/root")
+    mount_root "$disk" "$ROOT"
+    if [ -r "$ROOT/etc/kernel/cmdline" ]; then
+        kexec -s -l "$ROOT/vmlinuz" --initrd="$ROOT/initrd.img" \
+            --command-line="$(cat "$ROOT/etc/kernel/cmdline")" 2>"$OP/kexec.err"
+    else
+        echo "the image has no /etc/kernel/cmdline" >"$OP/kexec.err"
+        false
+    fi
+    status=$?
+    umount "$ROOT" || fail disk-write "cannot unmount the root file system of $disk"
     sync
+    [ "$status" = 0 ] || fail kexec-failed "kexec cannot load the new kernel: $(last_words "$OP/kexec.err")"
+}
+
+# go_down [METHOD]: start what is on the disk, or the firmware; there is no way back from either.
+go_down() {
+    sync
+    if [ "${1-}" = kexec ]; then
+        say "starting the new system by kexec"
+        [ -z "$REBOOT" ] || kexec -e
+        say "kexec did not start it: restarting this machine"
+    else
+        say "restarting this machine"
+    fi
     $REBOOT
     while :; do sleep 60; done
 }
@@ -773,7 +801,7 @@ poll() {
 # obey: do what the answer in $STATE/answer says.
 obey() {
     if grep -q '^state=done' "$STATE/poll" && [ "$(value "$STATE/$current/instruction" kind)" = start ]; then
-        go_down
+        go_down "$(value "$STATE/$current/instruction" method)"
     fi
     grep -q -e '^state=done' -e '^state=failed' "$STATE/poll" && current=
     id=$(value "$STATE/answer" operation)

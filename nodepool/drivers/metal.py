@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nodepool.clock import micros
-from nodepool.drivers.step import Context, Done, Jobs, Outcome, Step, Wait
+from nodepool.drivers.step import Context, Done, Jobs, Outcome, Step, Wait, model_of
 from nodepool.errors import Code, Permanent, Temporary
 from nodepool.model import Boot, BootState, Json, MachineState, NodeState, OperationState
 from nodepool.plan.board import HAND_OVER
@@ -168,14 +168,29 @@ def configure(ctx: Context) -> Outcome:
 
 
 def start_order(ctx: Context) -> dict[str, str]:
-    """Start the new system by reboot."""
-    return {"method": "reboot", "device": root_disk(ctx)[0]}
+    """Start the new system: by kexec where that is wanted and works, else by reboot."""
+    return {"method": start_method(ctx), "device": root_disk(ctx)[0]}
+
+
+def start_method(ctx: Context) -> str:
+    """How to start: as the label says, but never again by kexec where that has failed for this build on this model.
+
+    With `auto` the first node of every build starts by firmware, which proves the loader on the disk; after that kexec
+    saves a self test.
+    """
+    wanted = ctx.offer.start if ctx.offer else "auto"
+    known = ctx.build.starts if ctx.build else {}
+    if wanted == "reboot" or model_of(ctx.machine) in known.get("no_kexec", ()):
+        return "reboot"
+    return "kexec" if wanted == "kexec" or known.get("proven") else "reboot"
 
 
 def start(ctx: Context) -> Outcome:
     """The agent has said that it goes down: its boot is over."""
     outcome = agents_work(ctx)
-    return Done(end_boot=True) if isinstance(outcome, Done) else outcome
+    if not isinstance(outcome, Done):
+        return outcome
+    return Done(end_boot=True, node={"started_by": ctx.operation.params["method"]})
 
 
 def login(ctx: Context) -> Outcome:
@@ -219,7 +234,7 @@ JOBS: Jobs = {
         Step("write", agents_work, 120, Code.AGENT_SILENT, write_order),
         Step("configure", configure, 120, Code.AGENT_SILENT, configure_order),
         Step("start", start, 60, Code.AGENT_SILENT, start_order),
-        Step("login", login, None, Code.LOGIN_SILENT),
+        Step("login", login, None, Code.LOGIN_SILENT, kexec_code=Code.KEXEC_FAILED),
     ),
     NodeState.DELETING: (_OFF, _ON, _AGENT),
     HAND_OVER: (Step("authorize", authorize, 60, Code.LOGIN_SILENT),),

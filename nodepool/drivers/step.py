@@ -92,7 +92,8 @@ class Step:
     """One step of a job.
 
     `order` gives the parameters when the step is an agent's work: they are part of the row that is written before the
-    agent sees it.  `timeout` is seconds without progress, None the provider's boot-timeout; `code` names a time-out.
+    agent sees it.  `timeout` is seconds without progress, None the provider's boot-timeout; `code` names a time-out
+    (`kexec_code` that of a node that was started by kexec).
     """
 
     name: str
@@ -100,6 +101,12 @@ class Step:
     timeout: float | None
     code: Code
     order: Callable[[Context], dict[str, str]] | None = None
+    kexec_code: Code | None = None
 
 
 Jobs = Mapping[str, tuple[Step, ...]]  # by the state that the job belongs to
+
+
+def model_of(machine: Machine) -> str:
+    """The hardware model, as the firmware tells it."""
+    return f"{machine.facts.get('fact.vendor', '')} {machine.facts.get('fact.product', '')}".strip()

@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 
 from nodepool.clock import micros, seconds_between
 from nodepool.config.records import Provider
-from nodepool.drivers.step import Context, Done, Step, Wait
+from nodepool.drivers.step import Context, Done, Step, Wait, model_of
 from nodepool.errors import Code, Fault, Permanent, StepError, Temporary
 from nodepool.lifecycle import Backoff, MachineEvent, NodeEvent
 from nodepool.model import (
     Boot,
     BootState,
+    Build,
     Machine,
     MachineState,
     Node,
@@ -180,6 +181,8 @@ def failed(tx: Tx, item: Item, error: StepError, rng: random.Random) -> None:
     if item.job == HAND_OVER:
         _lost(tx, item, error)
         return
+    if error.code is Code.KEXEC_FAILED:
+        _never_again_by_kexec(tx, item)
     machine, strikes = item.machine, item.machine.strikes + (error.code.fault is Fault.MACHINE)
     hopeless = error.code.fault in {Fault.USER, Fault.IMAGE}
     if hopeless or work.attempt >= item.provider.launch_retries or strikes >= item.provider.strikes:
@@ -204,7 +207,24 @@ def timed_out(item: Item, now: int) -> Permanent:
     step = item.step(work.step)
     assert step is not None
     waited = seconds_between(work.deadline, now) + item.timeout(step)
-    return Permanent(f"no progress for {waited:.0f} s: {work.waiting or 'it did not answer'}", step.code)
+    by_kexec = step.kexec_code is not None and item.node is not None and item.node.started_by == "kexec"
+    code = step.kexec_code if by_kexec and step.kexec_code else step.code
+    return Permanent(f"no progress for {waited:.0f} s: {work.waiting or 'it did not answer'}", code)
+
+
+def _never_again_by_kexec(tx: Tx, item: Item) -> None:
+    """Remember that this build does not start by kexec on this model: the next attempt reboots."""
+    build = tx.find(Build, item.node.build_id) if item.node is not None else None
+    if build is not None:
+        known = {*build.starts.get("no_kexec", ()), model_of(item.machine)}
+        tx.put(replace(build, starts={**build.starts, "no_kexec": sorted(known)}))
+
+
+def _loader_is_proven(tx: Tx, node: Node) -> None:
+    """A node that came up by firmware has proven the loader of its build."""
+    build = tx.find(Build, node.build_id) if node.started_by == "reboot" else None
+    if build is not None and not build.starts.get("proven"):
+        tx.put(replace(build, starts={**build.starts, "proven": True}))
 
 
 def _sentence(work: Work, error: StepError) -> str:
@@ -216,6 +236,7 @@ def _finish(tx: Tx, item: Item) -> None:
     if item.job == NodeState.BUILDING:
         assert node is not None
         move(tx, node, NodeEvent.PROVEN, "logged in with its proven host key", ready_at=tx.now)
+        _loader_is_proven(tx, node)
         if machine.strikes:
             tx.put(replace(machine, strikes=0))
     elif item.job == NodeState.DELETING:

@@ -35,8 +35,8 @@ def _text(name: str, length: int = 255) -> Column[str]:
     return Column(name, String(length), nullable=False, server_default="")
 
 
-def _long(name: str) -> Column[str]:
-    return Column(name, _Json, nullable=False)
+def _long(name: str, default: str | None = None) -> Column[str]:
+    return Column(name, _Json, nullable=False, server_default=default)
 
 
 def _work() -> list[Column[int] | Column[str]]:
@@ -106,6 +106,7 @@ nodes = Table(
     _text("username", 64),
     _text("host_key", 1000),
     _text("os_boot_id", 64),
+    _text("started_by", 20),
     _ref("request_id"),
     _text("comment", 1000),
     _text("failure", 1000),
@@ -166,6 +167,7 @@ builds = Table(
     _int("size"),
     _text("sha256", 64),
     Column("seconds", Float, nullable=False, server_default="0"),
+    _long("starts", "{}"),
     _text("log", 1000),
     _int("finished_at"),
     _int("version"),

@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 
-from nodepool.model import Machine, NodeState
+from nodepool.model import Machine, NodeState, Operation
 from nodepool.service import images
 
 
@@ -55,16 +55,6 @@ def test_what_is_given_back_is_wiped_and_ready_again(tell):
     assert node.id != used.id
     assert story.world.machines[node.machine].marker == ""
     assert story.state_of(wants) == "released"
-
-
-def test_a_recycle_costs_one_network_boot_and_one_start(tell):
-    story = tell(machines=1, min_ready=1, max_servers=1)
-    story.run(story.ready(1))
-    machine = story.world.machines["lab-01"]
-    before = machine.firmware_boots
-    story.delete(story.nodes("ready")[0].id)
-    story.run(lambda: story.nodes("deleting") == [] and story.ready(1)())
-    assert machine.firmware_boots == before + 2
 
 
 def test_a_large_request_is_not_starved_by_small_ones_behind_it(tell):
@@ -201,3 +191,42 @@ def test_an_idle_pool_does_nothing(tell):
     versions = [(machine.name, machine.version) for machine in story.all(Machine)]
     story.run(limit=1800)
     assert [(machine.name, machine.version) for machine in story.all(Machine)] == versions
+
+
+def started(story):
+    return [node.started_by for node in story.nodes("ready")]
+
+
+def recycle(story):
+    story.delete(story.nodes("ready")[0].id)
+    return story.run(lambda: story.nodes("deleting") == [] and story.ready(1)(), limit=4 * 3600)
+
+
+def test_the_first_node_of_a_build_starts_by_firmware_and_later_ones_by_kexec(tell):
+    story = tell(machines=1, min_ready=1, max_servers=1)
+    story.run(story.ready(1))
+    assert started(story) == ["reboot"]
+    machine = story.world.machines["lab-01"]
+    before = machine.firmware_boots
+    assert recycle(story)
+    assert started(story) == ["kexec"]
+    assert machine.firmware_boots == before + 1
+
+
+def test_a_kexec_after_which_nothing_is_heard_is_not_tried_again_and_costs_no_strike(tell):
+    story = tell(machines=1, min_ready=1, max_servers=1, failures={"lab-01": "kexec"})
+    story.run(story.ready(1))
+    assert recycle(story)
+    assert started(story) == ["reboot"]
+    assert story.machine("lab-01").strikes == 0
+    [failed] = [o for o in story.all(Operation) if o.code == "kexec-failed"]
+    assert recycle(story)
+    assert [o.id for o in story.all(Operation) if o.code == "kexec-failed"] == [failed.id]
+
+
+def test_a_label_that_says_reboot_is_never_started_by_kexec(tell):
+    story = tell(machines=1, min_ready=1, max_servers=1)
+    story.reload(story.path.read_text().replace("diskimage: debian}", "diskimage: debian, start: reboot}"))
+    story.run(story.ready(1))
+    assert recycle(story)
+    assert started(story) == ["reboot"]
