@@ -20,6 +20,7 @@ DESCRIPTION = """\
 A virtual rack: QEMU machines, each behind an IPMI 2.0 BMC of its own, in a network namespace of their own.
 
     nodepool-rack up --machines 2            make it; rack.json says where everything is
+    nodepool-rack up --machines 2 --firmware bios,uefi
     nodepool-rack status                     power, boot flags, last console line
     ip netns exec NAMESPACE ipmitool -I lanplus -H 127.0.0.11 -U admin -P PASSWORD chassis power on
     nodepool-rack fault n1 silent=rakp1      let a BMC misbehave
@@ -52,6 +53,14 @@ def size(text: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
+def firmwares(text: str) -> tuple[str, ...]:
+    """Firmwares out of `bios`, `uefi`, `bios,uefi`."""
+    found = tuple(word.strip() for word in text.split(","))
+    if not set(found) <= {"bios", "uefi"}:
+        raise argparse.ArgumentTypeError(f"{text!r}: give bios, uefi or one for each machine, e.g. bios,uefi")
+    return found
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -64,7 +73,13 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--machines", type=int, default=1, help="how many (default: %(default)s)")
     make.add_argument("--disk-size", type=size, help="e.g. 8G (default: 2G for the first machine, 4G for the others)")
     make.add_argument("--memory", type=int, default=512, help="MiB for each machine (default: %(default)s)")
-    make.add_argument("--firmware", choices=("bios", "uefi"), default="bios", help="default: %(default)s")
+    make.add_argument(
+        "--firmware",
+        type=firmwares,
+        default=("bios",),
+        metavar="bios|uefi[,...]",
+        help="for each machine in turn, from the start again when there are more machines (default: bios)",
+    )
     make.add_argument(
         "--kernel",
         type=Path,

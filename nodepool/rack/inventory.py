@@ -26,12 +26,15 @@ IPMI_PORT = 623
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What `up` is asked for.  Sizes: disk in bytes (None: 2 GiB for the first machine, else 4), memory in MiB."""
+    """What `up` is asked for.  Sizes: disk in bytes (None: 2 GiB for the first machine, else 4), memory in MiB.
+
+    `firmware`: bios or uefi for each machine in turn, from the start again when there are more machines.
+    """
 
     machines: int = 1
     disk_size: int | None = None
     memory: int = 512
-    firmware: str = "bios"
+    firmware: tuple[str, ...] = ("bios",)
 
     def specs(self, folder: Path) -> list[QemuSpec]:
         """The machines n1, n2, ...  The first one's disk ignores discard and is full of old bytes."""
@@ -46,7 +49,7 @@ class Wish:
             tap=f"tap{number}",
             folder=folder / name,
             memory=self.memory,
-            firmware=self.firmware,
+            firmware=self.firmware[(number - 1) % len(self.firmware)],
             disks=(DiskSpec(self.disk_size or (2 if first else 4) * GIB, ignores_discard=first),),
         )
 

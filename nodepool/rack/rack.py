@@ -202,7 +202,7 @@ def _end(pid: int, words: tuple[bytes, ...], patience: float) -> None:
 
 def _check_tools(wish: Wish) -> None:
     missing = sorted({package for tool, package in _TOOLS.items() if not shutil.which(tool)})
-    if wish.firmware == "uefi" and not (OVMF / "OVMF_CODE_4M.fd").exists():
+    if "uefi" in wish.firmware and not (OVMF / "OVMF_CODE_4M.fd").exists():
         missing.append("ovmf")
     if missing:
         raise RackError(f"the rack needs more packages: apt-get install {' '.join(missing)}")

@@ -258,15 +258,22 @@ def test_folder_with_a_long_path_is_no_trouble(tmp_path):
         rack("down", "--dir", folder)
 
 
-def test_uefi_machine_gets_to_its_own_network_boot(tmp_path):
-    up = small(tmp_path, "--firmware", "uefi", "--memory", 256)
+def test_uefi_machine_beside_a_bios_one_gets_to_its_own_network_boot(tmp_path):
+    up = small(tmp_path, "--machines", 2, "--firmware", "bios,uefi", "--memory", 256)
     try:
-        up.ipmitool("chassis", "bootdev", "pxe", "options=efiboot")
-        up.ipmitool("power", "on")
-        with up.console() as console:
+        up.ipmitool("chassis", "bootdev", "pxe", "options=efiboot", name="n2")
+        up.ipmitool("power", "on", name="n2")
+        with up.console("n2") as console:
             console.wait_for(b"iPXE")
     finally:
         rack("down", "--dir", tmp_path)
+    assert [machine["firmware"] for machine in up.json["machines"]] == ["bios", "uefi"]
+
+
+def test_firmware_that_the_rack_has_not_is_a_usage_error(tmp_path):
+    done = rack("up", "--dir", tmp_path, "--firmware", "bios,coreboot")
+    assert done.returncode == 2
+    assert "give bios, uefi or one for each machine" in done.stderr
 
 
 @pytest.mark.parametrize(
