@@ -1,5 +1,6 @@
 """Whatever people do and whatever breaks, in whatever order: what must always hold of a pool."""
 
+import re
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -10,8 +11,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pool_story import Story, yaml_of
 
 from nodepool.errors import Refused, UseCaseError
-from nodepool.lifecycle import WAY_OUT
-from nodepool.model import Machine, MachineState, Node, NodeState, Request, RequestNode, RequestState
+from nodepool.lifecycle import FINAL, WAY_OUT
+from nodepool.model import (
+    Machine,
+    MachineState,
+    Node,
+    NodeState,
+    Operation,
+    OperationState,
+    Request,
+    RequestNode,
+    RequestState,
+)
 from nodepool.plan import Snapshot, plan
 from nodepool.service import loading
 
@@ -33,8 +44,32 @@ class Pool(RuleBasedStateMachine):
 
     def teardown(self):
         if hasattr(self, "story"):
-            self.story.die()
-            self.folder.cleanup()
+            try:
+                self.in_the_end_everything_has_come_to_something()
+            finally:
+                self.story.die()
+                self.folder.cleanup()
+
+    def in_the_end_everything_has_come_to_something(self):
+        """Once every machine is mended and everybody gives back what they got, nothing is left waiting."""
+        story = self.story
+        for machine in story.world.machines.values():
+            machine.failing = ""
+        story.run(limit=3 * 3600)
+        for _ in range(len(story.all(Request)) + 1):
+            for request in story.all(Request):
+                if request.state is RequestState.FULFILLED:
+                    story.release(request.id)
+            story.run(limit=600)
+        assert {request.state for request in story.all(Request)} <= FINAL["request"]
+        living = {node.state for node in story.all(Node)} - {NodeState.DELETED}
+        assert living <= {NodeState.READY}
+        machines = {m.name: m.state for m in story.all(Machine) if m.name in story.current().machines}
+        assert set(machines.values()) <= {MachineState.AVAILABLE, MachineState.OCCUPIED}, machines
+        at_work = [o for o in story.all(Operation) if o.state in {OperationState.PENDING, OperationState.RUNNING}]
+        assert at_work == []
+        ready = [node for node in story.nodes("ready") if node.request_id is None]
+        assert len(ready) >= min(self.kinds["min_ready"], self.kinds["max_servers"])
 
     @rule(seconds=st.sampled_from([0.1, 1, 3, 10, 60, 4000]))
     def time_passes(self, seconds):
@@ -72,6 +107,18 @@ class Pool(RuleBasedStateMachine):
         self.kinds |= {"max_servers": max_servers, "min_ready": min(min_ready, max_servers, self.kinds["machines"])}
         self.limit = max(max_servers, len(self.taking_servers()))
         self.story.reload(yaml_of(**self.kinds))
+
+    @rule(which=st.integers(0, 3))
+    def a_machine_leaves_the_yaml_or_all_are_back(self, which):
+        names = sorted(self.story.world.machines)
+        self.kept = [name for name in names if name != names[which % len(names)]]
+        yaml = yaml_of(**self.kinds)
+        if len(self.kept) < self.kinds["min_ready"] or not self.kept:
+            self.kept = names
+        else:
+            yaml = re.sub("count: .*", f"machines: [{', '.join(f'{{name: {name}}}' for name in self.kept)}]", yaml)
+        self.limit = max(self.limit, len(self.taking_servers()))
+        self.story.reload(yaml)
 
     @rule()
     def the_daemon_is_killed_and_started_again(self):
