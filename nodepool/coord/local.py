@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from nodepool.errors import Refused
 from nodepool.model import Owner
@@ -24,6 +24,7 @@ Unlock = Callable[[], None]
 Lock = Callable[[], Unlock | None]  # None: somebody else has it
 
 SCOPE = "daemon"
+_LONGEST_IDLE = 31_536_000  # seconds; the server would end an idle connection after 8 hours, and the lock with it
 
 
 def file_lock(path: Path) -> Lock:
@@ -44,18 +45,24 @@ def file_lock(path: Path) -> Lock:
     return take
 
 
-def server_lock(engine: Engine, name: str = "nodepoold") -> Lock:
-    """A named lock of MySQL/MariaDB, held by a connection of its own (GET_LOCK)."""
+def server_lock(engine: Engine) -> Lock:
+    """A named lock of MySQL/MariaDB, held by a connection of its own (GET_LOCK), given back when that is gone.
+
+    Such names hold for the whole server, so this one carries the database; they may have 64 characters.
+    """
+    name = "CONCAT('nodepoold.', SHA1(DATABASE()))"
 
     def take() -> Unlock | None:
         connection = engine.connect()
-        if connection.execute(text("SELECT GET_LOCK(:name, 0)"), {"name": name}).scalar() != 1:
+        connection.exec_driver_sql(f"SET SESSION wait_timeout = {_LONGEST_IDLE}")
+        if connection.exec_driver_sql(f"SELECT GET_LOCK({name}, 0)").scalar() != 1:
             connection.close()
             return None
 
         def give_back() -> None:
             with suppress(Exception):
-                connection.execute(text("SELECT RELEASE_LOCK(:name)"), {"name": name})
+                connection.exec_driver_sql(f"SELECT RELEASE_LOCK({name})")
+            connection.invalidate()  # nobody else is to have it with its settings
             connection.close()
 
         return give_back

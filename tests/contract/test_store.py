@@ -5,16 +5,17 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import mariadb
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, event
+from sqlalchemy import create_engine, event, inspect
 from sqlalchemy.exc import OperationalError
 
 from nodepool import model as m
 from nodepool.clock import SystemClock, VirtualClock
-from nodepool.coord.local import LocalReferee, file_lock
+from nodepool.coord.local import LocalReferee, file_lock, server_lock
 from nodepool.errors import ConfigError, Conflict, NotFound, OutOfOffice, Refused, StoreUnavailable
 from nodepool.store import engine, migrations, open_store
 from nodepool.store.engine import each
@@ -22,11 +23,37 @@ from nodepool.store.rows import CODECS
 from nodepool.store.tables import metadata
 
 
+@pytest.fixture(scope="session")
+def server():
+    """A MariaDB for all tests; gives a function that makes an empty database and tells its URL."""
+    with mariadb.running() as database:
+        yield database
+
+
+@pytest.fixture(params=["sqlite", "mariadb"])
+def url(request, tmp_path):
+    """An empty database."""
+    return f"sqlite:///{tmp_path}/nodepool.db" if request.param == "sqlite" else request.getfixturevalue("server")()
+
+
 @pytest.fixture
-def store(tmp_path):
-    store = open_store(f"sqlite:///{tmp_path}/nodepool.db", VirtualClock())
+def store(url):
+    store = open_store(url, VirtualClock())
     yield store
     store.close()
+
+
+@pytest.fixture
+def lock(tmp_path):
+    """How a daemon locks its database."""
+
+    def of(store):
+        return file_lock(tmp_path / "lock") if store.path else server_lock(store.engine)
+
+    return of
+
+
+on_sqlite = pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 
 
 def machine(name="r1n1", **more):
@@ -56,28 +83,42 @@ def test_a_record_comes_back_as_it_was_stored(store, record):
 
 
 def schema(engine):
-    """What the database says of itself, as text that can be compared."""
-    with engine.connect() as connection:
-        rows = connection.exec_driver_sql("SELECT type, name, sql FROM sqlite_master ORDER BY type, name").fetchall()
-    return {(kind, name): " ".join((sql or "").replace('"', "").split()) for kind, name, sql in rows}
+    """What the database says of itself: the columns (order aside: later ones are added at the end) and the indexes."""
+    found = inspect(engine)
+    told = {}
+    for table in found.get_table_names():
+        for column in found.get_columns(table):
+            kind = column["type"].compile(engine.dialect)
+            told[table, column["name"]] = kind, column["nullable"], str(column["default"]).strip("'")
+        told[table, "key"] = found.get_pk_constraint(table)["constrained_columns"]
+        told[table, "indexes"] = sorted((i["column_names"], bool(i["unique"])) for i in found.get_indexes(table))
+        told[table, "unique"] = sorted(u["column_names"] for u in found.get_unique_constraints(table))
+        told[table, "options"] = found.get_table_options(table)
+    return told
 
 
-def test_all_migrations_together_give_the_tables_that_a_new_database_is_given_at_once(store, tmp_path):
-    migrated = create_engine(f"sqlite:///{tmp_path}/migrated.db")
+@pytest.fixture
+def migrated(url, tmp_path, request):
+    """Another empty database of the same kind."""
+    other = f"sqlite:///{tmp_path}/migrated.db" if url.startswith("sqlite") else request.getfixturevalue("server")()
+    engine = create_engine(other)
+    yield engine
+    engine.dispose()
+
+
+def test_all_migrations_together_give_the_tables_that_a_new_database_is_given_at_once(store, migrated):
     migrations.migrate(migrated)
     with migrated.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-    at_once, one_by_one = schema(store.engine), schema(migrated)
-    assert at_once.keys() == one_by_one.keys()
-    migrated.dispose()
+    assert schema(store.engine) == schema(migrated)
 
 
-def test_a_database_of_an_older_version_is_migrated_when_it_is_opened(tmp_path):
-    old = create_engine(f"sqlite:///{tmp_path}/old.db")
+def test_a_database_of_an_older_version_is_migrated_when_it_is_opened(url):
+    old = create_engine(url)
     with old.begin() as connection:
         connection.exec_driver_sql("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)")
     old.dispose()
-    store = open_store(f"sqlite:///{tmp_path}/old.db", VirtualClock())
+    store = open_store(url, VirtualClock())
     assert store.write(lambda tx: tx.add(machine())).id == 1
     store.close()
 
@@ -87,13 +128,14 @@ def test_the_head_that_lets_an_ordinary_start_skip_the_migrations_is_the_newest_
     assert scripts.get_current_head() == migrations.HEAD
 
 
-def test_opening_a_database_again_changes_nothing(store, tmp_path):
+def test_opening_a_database_again_changes_nothing(store, url):
     stored = store.write(lambda tx: tx.add(machine()))
-    again = open_store(f"sqlite:///{tmp_path}/nodepool.db", VirtualClock())
+    again = open_store(url, VirtualClock())
     assert again.read(lambda tx: tx.get(m.Machine, stored.id)) == stored
     again.close()
 
 
+@on_sqlite
 def test_sqlite_is_opened_so_that_a_commit_survives_a_power_cut(store):
     with store.engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
@@ -171,6 +213,7 @@ def test_rows_inserted_later_come_to_the_feed_with_their_ids(store):
     assert [(record.machine_id, record.id) for record in changes] == [(5, 1), (6, 2), (7, 3)]
 
 
+@on_sqlite
 def test_a_locked_database_is_waited_for_and_nothing_is_lost(store, tmp_path, caplog):
     other = sqlite3.connect(tmp_path / "nodepool.db", isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
@@ -185,6 +228,7 @@ def test_a_locked_database_is_waited_for_and_nothing_is_lost(store, tmp_path, ca
     assert len(store.read(lambda tx: tx.select(m.Machine))) == 1
 
 
+@on_sqlite
 def test_a_database_that_stays_locked_is_unavailable_in_one_sentence(store, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "PATIENCE", 0.3)
     other = sqlite3.connect(tmp_path / "nodepool.db", isolation_level=None)
@@ -194,6 +238,7 @@ def test_a_database_that_stays_locked_is_unavailable_in_one_sentence(store, tmp_
     other.close()
 
 
+@on_sqlite
 def test_a_database_file_that_is_taken_away_is_noticed_and_when_it_is_back_nothing_is_lost(store, tmp_path):
     path = tmp_path / "nodepool.db"
     store.write(lambda tx: tx.add(machine()))
@@ -211,19 +256,31 @@ def test_an_address_that_is_none_is_a_problem_of_the_configuration(url):
         open_store(url, SystemClock())
 
 
-def test_a_second_daemon_on_the_same_database_is_refused(store, tmp_path):
-    first = LocalReferee(store, file_lock(tmp_path / "lock"))
+def test_a_second_daemon_on_the_same_database_is_refused(store, lock):
+    first = LocalReferee(store, lock(store))
     first.take_office()
     with pytest.raises(Refused, match="another nodepoold already runs"):
-        LocalReferee(store, file_lock(tmp_path / "lock")).take_office()
+        LocalReferee(store, lock(store)).take_office()
     first.leave()
+    second = LocalReferee(store, lock(store))
+    assert second.take_office().epoch == 2
+    second.leave()
 
 
-def test_who_is_out_of_office_writes_nothing(store, tmp_path):
-    referee = LocalReferee(store, file_lock(tmp_path / "lock"))
+def test_daemons_on_two_databases_of_one_server_do_not_shut_each_other_out(server):
+    stores = [open_store(server(), VirtualClock()) for _ in range(2)]
+    referees = [LocalReferee(store, server_lock(store.engine)) for store in stores]
+    assert [referee.take_office().epoch for referee in referees] == [1, 1]
+    for referee, store in zip(referees, stores, strict=True):
+        referee.leave()
+        store.close()
+
+
+def test_who_is_out_of_office_writes_nothing(store, lock):
+    referee = LocalReferee(store, lock(store))
     old = referee.take_office()
     referee.leave()
-    new = LocalReferee(store, file_lock(tmp_path / "lock"))
+    new = LocalReferee(store, lock(store))
     office = new.take_office()
     with pytest.raises(OutOfOffice, match="no longer in office"):
         store.write(lambda tx: tx.add(machine()), old)
@@ -232,6 +289,7 @@ def test_who_is_out_of_office_writes_nothing(store, tmp_path):
     assert len(store.read(lambda tx: tx.select(m.Machine))) == 1
 
 
+@on_sqlite
 def test_after_a_commit_whose_outcome_is_unknown_every_reader_reads_anew(store):
     feed = store.feed()
     feed.drain()
