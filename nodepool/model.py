@@ -117,6 +117,8 @@ class Machine:
     power_observed: str = ""
     power_seen_at: int = 0
     accepted: bool = False
+    accepted_by: str = ""  # who accepted it by command; "": nobody, its acceptance is the YAML's
+    accepted_at: int = 0
     maintenance: str = ""  # the reason; set: given to nobody
     maintenance_by: str = ""
     retired: bool = False
@@ -159,7 +161,9 @@ class Node:
     os_boot_id: str = ""
     started_by: str = ""  # how its system was started: reboot or kexec
     request_id: int | None = None
-    comment: str = ""
+    comment: str = ""  # why it is held, as a sentence
+    held_by: str = ""
+    hold_until: int = 0  # when it is let go by itself; 0: when somebody says so
     failure: str = ""  # why it failed
     failure_code: str = ""
     failure_phase: str = ""
