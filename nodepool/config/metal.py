@@ -24,6 +24,7 @@ MACHINE = table(
         "firmware": common.FIRMWARE,
         "root-device": ROOT_DEVICE,
         "accept": rules.boolean,
+        "identity": rules.one_of("checked", "unchecked"),
         "properties": common.PROPERTIES,
     },
 )

@@ -87,6 +87,7 @@ class MachineSpec:
     firmware: str = "bios"  # or "uefi"
     root_device: RootDevice = RootDevice()
     accept: bool = False  # may be wiped
+    identity: str = "checked"  # the BMC's GUID is that of the system; "unchecked" where the BMC makes one up
     properties: Mapping[str, str] = field(default_factory=dict)
 
 

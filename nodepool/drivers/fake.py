@@ -11,6 +11,7 @@ import hashlib
 import heapq
 import itertools
 import threading
+import uuid
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -44,6 +45,7 @@ class FakeMachine:
     name: str
     mac: str = ""
     delay: float = 0.0
+    uuid: str = ""
     failing: str = ""  # the phase that fails, for ever; of some also with which code: `write image-altered`
     on: bool = False
     boot_device: BootDevice = "disk"
@@ -88,6 +90,7 @@ class World:
             for provider in config.providers.values():
                 for spec in provider.machines if provider.driver == "fake" else ():
                     machine = self.machines.setdefault(spec.name, FakeMachine(spec.name))
+                    machine.uuid = machine.uuid or str(uuid.uuid5(uuid.NAMESPACE_DNS, spec.name))
                     machine.mac = spec.interfaces[0].mac
                     machine.delay = provider.fake.delay
                     machine.failing = provider.fake.failures.get(spec.name, "")
@@ -146,7 +149,8 @@ class World:
 
     def info(self, bmc: Bmc, *, deadline: float = DEADLINE) -> Mapping[str, str]:  # noqa: ARG002
         """What a BMC of thin air says about itself."""
-        return {"firmware": "1.00", "ipmi": "2.0", "device": self._machine(bmc.address.removeprefix("fake://")).name}
+        machine = self._machine(bmc.address.removeprefix("fake://"))
+        return {"firmware": "1.00", "ipmi": "2.0", "device": machine.name, "guid": machine.uuid.replace("-", "")}
 
     def identify(self, bmc: Bmc, seconds: int = 15, *, deadline: float = DEADLINE) -> None:
         """Nobody sees the light."""
@@ -240,6 +244,7 @@ class World:
             "fact.cpus": "4",
             "fact.memory": str(8 * 2**30),
             "fact.firmware": "bios",
+            "fact.uuid": str(uuid.uuid5(uuid.NAMESPACE_DNS, machine.name)),
             "nic.0.name": "eth0",
             "nic.0.mac": machine.mac,
             "disk.0.name": "vda",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nodepool.clock import micros
+from nodepool.drivers.power import same_system
 from nodepool.drivers.step import Context, Done, Jobs, Outcome, Step, Wait, model_of
 from nodepool.errors import Code, Permanent, Temporary
 from nodepool.model import Boot, BootState, Json, MachineState, NodeState, OperationState
@@ -65,6 +66,24 @@ def check(ctx: Context) -> Outcome:
     """Look at the facts that the agent has told: there must be a disk to install on."""
     root_disk(ctx)
     return Done()
+
+
+def identity(ctx: Context) -> Outcome:
+    """The machine that the agent runs on is the one behind the BMC, or nothing of it is wiped.
+
+    Compared are the BMC's GUID (IPMI 2.0, 20.8) and the UUID that the firmware tells its system (SMBIOS type 1).
+    """
+    told = str(ctx.machine.facts.get("fact.uuid", ""))
+    if ctx.spec.identity == "unchecked" or not told:
+        return Done()
+    guid = ctx.ports.power.info(ctx.bmc).get("guid", "")
+    if not guid.strip("0") or same_system(guid, told):  # one that tells none proves nothing either way
+        return Done()
+    raise Permanent(
+        f"the agent runs on a system with UUID {told}, and the BMC {ctx.bmc.address} belongs to another (GUID {guid}):"
+        " an address in the YAML or a cable is wrong; where the BMC makes its GUID up, set identity: unchecked",
+        Code.IDENTITY,
+    )
 
 
 def root_disk(ctx: Context) -> tuple[str, int]:
@@ -225,7 +244,13 @@ _ON = Step("power-on", power_on, 60, Code.POWER_STUCK)
 _AGENT = Step("agent", agent, None, Code.BOOT_SILENT)
 
 JOBS: Jobs = {
-    MachineState.INSPECTING: (_OFF, _ON, _AGENT, Step("check", check, 60, Code.DISK_MISSING)),
+    MachineState.INSPECTING: (
+        _OFF,
+        _ON,
+        _AGENT,
+        Step("identity", identity, 60, Code.IDENTITY),
+        Step("check", check, 60, Code.DISK_MISSING),
+    ),
     MachineState.CLEANING: (_OFF, _ON, _AGENT, Step("erase", agents_work, 120, Code.AGENT_SILENT, erase_order)),
     NodeState.BUILDING: (
         _OFF,

@@ -155,3 +155,14 @@ def test_a_wrong_bmc_password_is_tried_once_and_told_with_its_remedy(tell, show,
         for part in ("broken", "power-off", "bmc-auth", 'refused user "admin" or its password', "secure.yaml"):
             assert part in shown
         assert endpoint.bmc.received["rakp1"] == 1
+
+
+def test_a_machine_behind_another_bmc_is_not_wiped(tell, show):
+    story = tell(machines=1, max_servers=1)
+    story.world.machines["lab-01"].uuid = "12345678-1234-1234-1234-123456789abc"  # what its BMC says
+    story.world.machines["lab-01"].marker = "somebody's data"
+    assert story.run(lambda: story.states().get("lab-01") == "broken")
+    shown = show(story, "lab-01")
+    for part in ("identity", "belongs to another", "identity: unchecked"):
+        assert part in shown
+    assert story.world.machines["lab-01"].marker == "somebody's data"
