@@ -34,6 +34,7 @@ class NodeEvent(StrEnum):
     HAND_OUT = "hand-out"
     RELEASE = "release"
     HOLD = "hold"
+    RESUME = "resume"
     DELETE = "delete"
     GONE = "gone"
 
@@ -89,6 +90,7 @@ NODE: Mapping[tuple[StrEnum, StrEnum], StrEnum] = {
     (N.IN_USE, NodeEvent.DELETE): N.DELETING,
     (N.USED, NodeEvent.HOLD): N.HOLD,
     (N.USED, NodeEvent.DELETE): N.DELETING,
+    (N.HOLD, NodeEvent.RESUME): N.IN_USE,
     (N.HOLD, NodeEvent.RELEASE): N.USED,
     (N.HOLD, NodeEvent.DELETE): N.DELETING,
     (N.FAILED, NodeEvent.HOLD): N.HOLD,

@@ -59,6 +59,14 @@ class DeleteNode:
 
 
 @dataclass(frozen=True, slots=True)
+class EndHold:
+    """Let a node go that was held until now."""
+
+    node_id: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Abandon:
     """End a node that nobody can take down any more."""
 
@@ -105,6 +113,7 @@ Action = (
     | Accept
     | CreateNode
     | DeleteNode
+    | EndHold
     | Abandon
     | Allocate
     | FailRequest

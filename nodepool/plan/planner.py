@@ -22,6 +22,7 @@ from nodepool.plan.actions import (
     CreateNode,
     DeleteBuild,
     DeleteNode,
+    EndHold,
     Enroll,
     FailRequest,
     Inspect,
@@ -126,7 +127,8 @@ def _roster(draft: Draft) -> None:
     known = draft.snapshot.machine_ids
     for name, spec in draft.catalog.machines.items():
         machine = draft.snapshot.machine(name)
-        wanted = (spec.provider, spec.accept, draft.catalog.digests[name])
+        accepted = spec.accept or (machine is not None and bool(machine.accepted_by))
+        wanted = (spec.provider, accepted, draft.catalog.digests[name])
         if machine is None or machine.retired or (machine.provider, machine.accepted, machine.declared) != wanted:
             draft.actions.append(Enroll(name, *wanted))
     if len(known) > len(draft.catalog.machines) or known.keys() != draft.catalog.machines.keys():
@@ -160,10 +162,13 @@ def _machines(draft: Draft) -> None:
 def _nodes(draft: Draft) -> None:
     """Nodes that are over, too old or unwanted are taken down."""
     snapshot = draft.snapshot
-    for node_id in sorted(snapshot.nodes_in[NodeState.FAILED]):
-        draft.actions.append(DeleteNode(node_id, "its build failed"))
-    for node_id in sorted(snapshot.nodes_in[NodeState.USED]):
-        draft.actions.append(DeleteNode(node_id, "it was used"))
+    for state, why in ((NodeState.FAILED, "its build failed"), (NodeState.USED, "it was used")):
+        draft.actions += [DeleteNode(node_id, why) for node_id in sorted(snapshot.nodes_in[state])]
+    for node_id in sorted(snapshot.nodes_in[NodeState.HOLD]):
+        until = snapshot.nodes[node_id].hold_until
+        if until and until <= draft.now:
+            draft.actions.append(EndHold(node_id, "the time is over that it was held for"))
+        draft.again_at(until)
     retired = {machine.id for machine in snapshot.machines.values() if machine.retired}
     for node_id in sorted(snapshot.nodes_in[NodeState.DELETING]) if retired else ():
         machine = snapshot.machines[snapshot.nodes[node_id].machine_id]

@@ -22,7 +22,7 @@ from nodepool.model import (
 )
 from nodepool.plan import Action, Catalog
 from nodepool.plan import actions as a
-from nodepool.service import requests
+from nodepool.service import nodes, requests
 from nodepool.service.moves import move, note, started
 from nodepool.store import Tx
 from nodepool.store.tables import machines
@@ -56,7 +56,8 @@ def _enroll(tx: Tx, _catalog: Catalog, action: a.Enroll) -> None:
         work = machine.work
         if machine.state is MachineState.BROKEN:  # what broke it may be mended by this
             work = replace(work, next_at=tx.now)
-        changed = replace(machine, provider=action.provider, accepted=action.accepted, declared=action.declared)
+        accepted = action.accepted or bool(machine.accepted_by)
+        changed = replace(machine, provider=action.provider, accepted=accepted, declared=action.declared)
         changed = tx.put(replace(changed, retired=False, work=work))
         note(tx, changed, "declared", "the YAML declares it with other settings now")
         return
@@ -76,8 +77,9 @@ def _enroll(tx: Tx, _catalog: Catalog, action: a.Enroll) -> None:
 
 
 def _retire(tx: Tx, _catalog: Catalog, action: a.Retire) -> None:
-    machine = tx.get(Machine, action.machine_id)
-    note(tx, tx.put(replace(machine, retired=True)), "retired", "the YAML does not have it any more")
+    """When the name comes back it may stand for other hardware: who accepted it by command is asked again."""
+    machine = replace(tx.get(Machine, action.machine_id), retired=True, accepted_by="", accepted_at=0)
+    note(tx, tx.put(machine), "retired", "the YAML does not have it any more")
 
 
 def _inspect(tx: Tx, _catalog: Catalog, action: a.Inspect) -> None:
@@ -87,7 +89,8 @@ def _inspect(tx: Tx, _catalog: Catalog, action: a.Inspect) -> None:
 
 def _accept(tx: Tx, _catalog: Catalog, action: a.Accept) -> None:
     machine = _current(tx, action.machine_id, MachineState.INSPECTED)
-    move(tx, machine, MachineEvent.ACCEPT, "accepted in the YAML", work=started(tx.now))
+    why = f"accepted by {machine.accepted_by}" if machine.accepted_by else "accepted in the YAML"
+    move(tx, machine, MachineEvent.ACCEPT, why, work=started(tx.now))
 
 
 def _create_node(tx: Tx, catalog: Catalog, action: a.CreateNode) -> None:
@@ -131,6 +134,13 @@ def _delete_node(tx: Tx, _catalog: Catalog, action: a.DeleteNode) -> None:
     move(tx, node, NodeEvent.DELETE, action.why, work=started(tx.now))
 
 
+def _end_hold(tx: Tx, _catalog: Catalog, action: a.EndHold) -> None:
+    node = tx.get(Node, action.node_id)
+    if node.state is not NodeState.HOLD or not 0 < node.hold_until <= tx.now:
+        raise Conflict(f"node {node.id} is not held any more, or for longer")
+    nodes.end_hold(tx, node, action.why)
+
+
 def _abandon(tx: Tx, _catalog: Catalog, action: a.Abandon) -> None:
     node = tx.get(Node, action.node_id)
     machine = _current(tx, node.machine_id, MachineState.BROKEN)
@@ -144,10 +154,10 @@ def _allocate(tx: Tx, _catalog: Catalog, action: a.Allocate) -> None:
     request = tx.get(Request, action.request_id)
     if request.state is not RequestState.REQUESTED:
         raise Conflict(f"request {request.id} is {request.state} by now")
-    nodes = [tx.get(Node, node_id) for node_id in action.node_ids]
-    if any(node.state is not NodeState.READY or node.request_id is not None for node in nodes):
+    chosen = [tx.get(Node, node_id) for node_id in action.node_ids]
+    if any(node.state is not NodeState.READY or node.request_id is not None for node in chosen):
         raise Conflict(f"a node chosen for request {request.id} is gone")
-    requests.allocate(tx, request, nodes)
+    requests.allocate(tx, request, chosen)
 
 
 def _fail_request(tx: Tx, _catalog: Catalog, action: a.FailRequest) -> None:
@@ -190,6 +200,7 @@ _APPLY: dict[type, Callable[[Tx, Catalog, Any], None]] = {
     a.Accept: _accept,
     a.CreateNode: _create_node,
     a.DeleteNode: _delete_node,
+    a.EndHold: _end_hold,
     a.Abandon: _abandon,
     a.Allocate: _allocate,
     a.FailRequest: _fail_request,

@@ -122,9 +122,17 @@ def release(tx: Tx, request_id: int, actor: str) -> Request:
     if request.state is not RequestState.FULFILLED:
         raise Refused(f"request {request.id} is {request.state}: there is nothing to release")
     for node in nodes_of(tx, request.id):
-        if node.state in {NodeState.IN_USE, NodeState.HOLD}:
+        if node.state is NodeState.HOLD and node.request_id is not None:
+            given_back(tx, node, f"request {request.id} was released", actor)
+        elif node.state is NodeState.IN_USE:
             move(tx, node, NodeEvent.RELEASE, f"request {request.id} was released", actor)
     return move(tx, request, RequestEvent.RELEASE, "", actor)
+
+
+def given_back(tx: Tx, node: Node, why: str, actor: str) -> Node:
+    """Whoever had a held node needs it no more: it stays held, and belongs to nobody."""
+    note(tx, node, "given-back", f"{why}; it stays held", actor)
+    return tx.put(replace(node, request_id=None))
 
 
 def node_left(tx: Tx, node: Node, why: str) -> None:
@@ -138,5 +146,12 @@ def node_left(tx: Tx, node: Node, why: str) -> None:
         take_back(tx, request, why)
     elif request.state is RequestState.FULFILLED:
         others = [other for other in nodes_of(tx, request.id) if other.id != node.id]
-        if all(other.state in {NodeState.USED, NodeState.DELETING, NodeState.DELETED} for other in others):
+        if all(_left(other) for other in others):
             move(tx, request, RequestEvent.RELEASE, "its last node was given back")
+
+
+def _left(node: Node) -> bool:
+    """Whether a node that was given to a request is with it no more."""
+    return node.state in {NodeState.USED, NodeState.DELETING, NodeState.DELETED} or (
+        node.state is NodeState.HOLD and node.request_id is None
+    )
