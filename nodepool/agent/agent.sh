@@ -477,6 +477,74 @@ grow_file_system() {
     fi
 }
 
+# system_partition DISK: its EFI system partition's name, by its type in the partition table.
+system_partition() {
+    for part in $(partitions "$1"); do
+        case $(sfdisk --part-type "$DEV/$1" "$(cat "$SYS/block/$1/$part/partition")" 2>/dev/null) in
+        C12A7328-F81F-11D2-BA4B-00A0C93EC93B | c12a7328-f81f-11d2-ba4b-00a0c93ec93b | [eE][fF]) printf '%s' "$part" ;;
+        esac
+    done
+}
+
+# has_loader PARTITION: whether the loader that firmware looks for by itself is on it (UEFI 2.10, section 3.5.1.1).
+has_loader() {
+    mkdir -p "$OP/root"
+    modprobe -q -a vfat nls_cp437 nls_ascii 2>/dev/null
+    mount -t vfat -o ro "$DEV/$1" "$OP/root" 2>/dev/null || return 1
+    [ -e "$OP/root/EFI/BOOT/BOOTX64.EFI" ]
+    loader=$?
+    umount "$OP/root"
+    return "$loader"
+}
+
+# own_identities: of every partition of this machine's disks, as boot entries name them; one per line, lower case.
+own_identities() {
+    for disk in $(disks); do
+        for part in $(partitions "$disk"); do
+            sfdisk --part-uuid "$DEV/$disk" "$(cat "$SYS/block/$disk/$part/partition")" 2>/dev/null
+        done
+    done | tr 'A-F' 'a-f'
+}
+
+# disk_entries: reads `efibootmgr -v`; NUMBER IDENTITY for every entry that starts a file on a disk's partition.
+disk_entries() {
+    sed -n 's/^Boot\([0-9A-F]\{4\}\)[* ].*HD([0-9]*,[GM][PB][TR],\([0-9A-Fa-fx-]*\),.*File(.*/\1 \2/p' | tr 'A-F' 'a-f'
+}
+
+# tidy_boot_entries DISK: the firmware starts what was just written, first of all, and forgets systems that are gone.
+# Most firmware finds \EFI\BOOT\BOOTX64.EFI by itself, on some only once every entry it has was tried: entries of earlier
+# lives, which fill its memory, and the network.  So whatever goes wrong here is said, and fails nothing.
+tidy_boot_entries() {
+    [ -d "$SYS/firmware/efi" ] || return 0
+    if ! command -v efibootmgr >/dev/null; then
+        say "boot entries: left alone, as this ramdisk has no efibootmgr (agent-build takes it along where it is installed)"
+        return
+    fi
+    part=$(system_partition "$1")
+    if [ -z "$part" ] || ! has_loader "$part"; then
+        say "boot entries: left alone, as $1 has no EFI/BOOT/BOOTX64.EFI on an EFI system partition"
+        return
+    fi
+    own_identities >"$OP/identities"
+    if ! efibootmgr -v >"$OP/entries" 2>"$OP/efi.err"; then
+        say "boot entries: cannot be read: $(last_words "$OP/efi.err")"
+        return
+    fi
+    disk_entries <"$OP/entries" >"$OP/on_disks"
+    while read -r entry identity; do
+        if ! grep -qxF -e "$identity" "$OP/identities" || grep -qi "^Boot${entry}[* ] nodepool" "$OP/entries"; then
+            say "boot entries: $entry goes, of partition $identity"
+            efibootmgr -q -B -b "$entry" 2>"$OP/efi.err" || say "boot entries: it stays: $(last_words "$OP/efi.err")"
+        fi
+    done <"$OP/on_disks"
+    if efibootmgr -q -c -d "$DEV/$1" -p "$(cat "$SYS/block/$1/$part/partition")" -L nodepool \
+        -l '\EFI\BOOT\BOOTX64.EFI' 2>"$OP/efi.err"; then
+        say "boot entries: $part first"
+    else
+        say "boot entries: none for $part: $(last_words "$OP/efi.err")"
+    fi
+}
+
 # operation_disk: the disk that the instruction names.
 operation_disk() {
     disk=$(value "$OP/instruction" device)
@@ -512,6 +580,7 @@ operation_write() {
     say "write: $disk holds the image, sha256 $found"
     phase grow 0
     grow "$disk"
+    tidy_boot_entries "$disk"
     done_with sha256 "$found" written "$size"
 }
 

@@ -47,7 +47,7 @@ TOOLS = {
     "ssh-keygen": "openssh-client",
     "zstd": "zstd",
 }
-OPTIONAL_TOOLS = {"kexec": "kexec-tools"}
+OPTIONAL_TOOLS = {"efibootmgr": "efibootmgr", "kexec": "kexec-tools"}
 BUILD_TOOLS = {"apt-cache": "apt", "apt-get": "apt", "depmod": "kmod", "dpkg-deb": "dpkg", "ldd": "libc-bin"}
 
 # What servers have: disks, network cards and the file systems of images.  Patterns of paths below `kernel/`; what the

@@ -202,3 +202,19 @@ def test_a_disk_that_ends_early_is_a_failed_erase(tmp_path):
 
     assert erase(tmp_path, ends) == ""
     assert "2093056" in (tmp_path / "op/result").read_text()
+
+
+def test_boot_entries_on_disks_are_told_from_those_of_cards_and_of_the_firmware_itself(tmp_path):
+    listed = tmp_path / "entries"
+    listed.write_text(
+        "BootCurrent: 0003\nTimeout: 0 seconds\nBootOrder: 000A,0003,0000\n"
+        "Boot0000* UiApp\tFvVol(7cb8bdc9)/FvFile(462caa21)\n"
+        "Boot0001* UEFI Misc Device\tPciRoot(0x0)/Pci(0x2,0x0)N.....YM....R,Y.\n"
+        "Boot0003* UEFI PXEv4 (MAC:525400000002)\tPciRoot(0x0)/Pci(0x1,0x0)/MAC(525400000002,1)/IPv4(0.0.0.00.0.0.0,0,0)\n"
+        "Boot000A* nodepool\tHD(2,GPT,5A9D7F2E-0001-4C5B-9E3B-0F1E2D3C4B5A,0x1000,0x4000)/File(\\EFI\\BOOT\\BOOTX64.EFI)\n"
+        "Boot000B  debian\tHD(1,MBR,0x1f2e3d4c,0x800,0x100000)/File(\\EFI\\debian\\shimx64.efi)\n"
+    )
+    assert call('disk_entries <"$1"', str(listed)).splitlines() == [
+        "000a 5a9d7f2e-0001-4c5b-9e3b-0f1e2d3c4b5a",
+        "000b 0x1f2e3d4c",
+    ]
