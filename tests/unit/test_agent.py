@@ -210,8 +210,8 @@ def test_boot_entries_on_disks_are_told_from_those_of_cards_and_of_the_firmware_
         "BootCurrent: 0003\nTimeout: 0 seconds\nBootOrder: 000A,0003,0000\n"
         "Boot0000* UiApp\tFvVol(7cb8bdc9)/FvFile(462caa21)\n"
         "Boot0001* UEFI Misc Device\tPciRoot(0x0)/Pci(0x2,0x0)N.....YM....R,Y.\n"
-        "Boot0003* UEFI PXEv4 (MAC:525400000002)\tPciRoot(0x0)/Pci(0x1,0x0)/MAC(525400000002,1)/IPv4(0.0.0.00.0.0.0,0,0)\n"
-        "Boot000A* nodepool\tHD(2,GPT,5A9D7F2E-0001-4C5B-9E3B-0F1E2D3C4B5A,0x1000,0x4000)/File(\\EFI\\BOOT\\BOOTX64.EFI)\n"
+        "Boot0003* UEFI PXEv4\tPciRoot(0x0)/Pci(0x1,0x0)/MAC(525400000002,1)/IPv4(0.0.0.00.0.0.0,0,0)\n"
+        "Boot000A* nodepool\tHD(2,GPT,5A9D7F2E-0001-4C5B-9E3B-0F1E2D3C4B5A,0x1000,64)/File(\\EFI\\BOOT\\BOOTX64.EFI)\n"
         "Boot000B  debian\tHD(1,MBR,0x1f2e3d4c,0x800,0x100000)/File(\\EFI\\debian\\shimx64.efi)\n"
     )
     assert call('disk_entries <"$1"', str(listed)).splitlines() == [
