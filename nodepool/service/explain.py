@@ -39,6 +39,7 @@ def label(tx: Tx, catalog: Catalog, reasons: Reasons, name: str) -> View:
     images = dict.fromkeys(offer.diskimage for _, offer in catalog.offers.get(name, ()))
     view = _counts(catalog, snapshot, name) | {
         "building": building(_building(snapshot, name), operations, tx.now),
+        "held": _held(catalog, snapshot, name),
         "requests": [_waiting(request, tx.now) for request in _requests(snapshot, name)],
         "reasons": list(reasons.get(name, ())),
         "images": [_image(tx, catalog, snapshot, image) for image in images],
@@ -102,6 +103,25 @@ def building(nodes: Iterable[Node], operations: Mapping[int, Operation], now: in
 def _building(snapshot: Snapshot, name: str) -> list[Node]:
     found = (snapshot.nodes[node_id] for node_id in sorted(snapshot.nodes_in[NodeState.BUILDING]))
     return [node for node in found if node.label == name]
+
+
+def _held(catalog: Catalog, snapshot: Snapshot, name: str) -> list[View]:
+    """Held nodes, of whatever label, that take places of the pools that offer `name`."""
+    pools = {(pool.provider, pool.name) for pool, _ in catalog.offers.get(name, ())}
+    found = (snapshot.nodes[node_id] for node_id in sorted(snapshot.nodes_in[NodeState.HOLD]))
+    return [
+        {
+            "id": str(node.id),
+            "label": node.label,
+            "machine": node.machine,
+            "by": node.held_by,
+            "reason": node.comment,
+            "since": when(node.since),
+            "until": when(node.hold_until),
+        }
+        for node in found
+        if (node.provider, node.pool) in pools
+    ]
 
 
 def _counts(catalog: Catalog, snapshot: Snapshot, name: str) -> View:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from nodepool.clock import rfc3339, seconds_between
+from nodepool.clock import SECOND, rfc3339, seconds_between
 from nodepool.model import Event, Node, NodeState, Operation, OperationState
 
 _OPEN = frozenset({OperationState.PENDING, OperationState.RUNNING})
 _WORKING = frozenset({NodeState.BUILDING, NodeState.DELETING})
+FORGOTTEN = "forgotten"  # the state in a time of which the events are kept no more (the YAML's event-retention)
 _SHORTEST = 0.05  # seconds: a shorter gap between two steps is no phase
 
 
@@ -22,9 +23,11 @@ def of_node(node: Node, events: Iterable[Event], operations: Sequence[Operation]
 
     `events` are those of the node (others are passed over), `operations` those with its id, both in order of time.
     """
-    changes = [(node.created_at, str(NodeState.BUILDING))]
     moves = [event for event in events if event.subject_kind == "node" and event.from_state and event.to_state]
-    changes += [(event.time, event.to_state) for event in moves]
+    changes = [(node.created_at, str(NodeState.BUILDING)), *((event.time, event.to_state) for event in moves)]
+    if (moves[0].from_state if moves else str(node.state)) != NodeState.BUILDING:
+        changes[0] = (node.created_at, FORGOTTEN)
+        changes += [] if moves else [(node.since, str(node.state))]
     phases: list[dict[str, Any]] = []
     for number, (start, state) in enumerate(changes):
         last = number + 1 == len(changes)
@@ -34,6 +37,17 @@ def of_node(node: Node, events: Iterable[Event], operations: Sequence[Operation]
         mine = [op for op in operations if op.job == state and start <= op.created_at <= end]
         phases += _stretch(state, (start, end), mine, open_end=last)
     return phases
+
+
+def by_state(moves: Sequence[Event], now: int) -> dict[str, float]:
+    """The seconds spent in each state, longest first, from what led from state to state (in order of time) until `now`.
+
+    What was before the first of them is not counted.
+    """
+    spent: dict[str, int] = {}
+    for move, following in zip(moves, [*(later.time for later in moves[1:]), now], strict=True):
+        spent[move.to_state] = spent.get(move.to_state, 0) + max(0, following - move.time)
+    return {state: round(spent[state] / SECOND, 3) for state in sorted(spent, key=lambda state: -spent[state])}
 
 
 def of_job(operations: Sequence[Operation], now: int) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from sqlalchemy import ColumnElement, func, select
 
 from nodepool.clock import rfc3339, seconds_between
-from nodepool.errors import Code, NotFound
+from nodepool.errors import Code
 from nodepool.model import (
     Event,
     Machine,
@@ -37,8 +37,8 @@ View = dict[str, Any]
 Where = Sequence[ColumnElement[bool]]
 T = TypeVar("T")
 
-EVENTS_SHOWN = 12
-LIVES_SHOWN = 20  # newest lives of a machine that its view has
+EVENTS_SHOWN = 12  # newest events of a machine that its view has
+LIFE_SHOWN = 100  # newest events of a node that its view has
 _WORKING = [str(NodeState.BUILDING), str(NodeState.DELETING)]
 _OPEN_REQUESTS = [str(RequestState.REQUESTED), str(RequestState.PENDING), str(RequestState.FULFILLED)]
 _OPEN_OPERATIONS = frozenset({OperationState.PENDING, OperationState.RUNNING})
@@ -103,7 +103,7 @@ def trouble(phase: str, reason: str, code: str, following: str) -> View:
     return {"phase": phase, "reason": reason, "code": code, "fault": fault, "next": following}
 
 
-def _work_trouble(work: Work, operations: Sequence[Operation], tries: int, now: int) -> View | None:
+def work_trouble(work: Work, operations: Sequence[Operation], tries: int, now: int) -> View | None:
     """What went wrong lately in a job that still goes on."""
     if not work.error:
         return None
@@ -146,13 +146,16 @@ def node(record: Node, now: int, doing: str | None = None, *, detail: bool = Tru
             "username": record.username,
             "host_key": record.host_key,
             "boot_id": record.os_boot_id,
-            "request_id": _id(record.request_id),
+            "request_id": as_id(record.request_id),
             "comment": record.comment,
+            "held_by": record.held_by,
+            "hold_until": when(record.hold_until),
         }
     return view
 
 
-def _id(number: int | None) -> str | None:
+def as_id(number: int | None) -> str | None:
+    """The id of another row; null when there is none."""
     return None if number is None else str(number)
 
 
@@ -180,6 +183,8 @@ def nodes(tx: Tx, wanted: NodeFilter, part: Page, *, detail: bool = False) -> Vi
 def _node_at(record: Node, operation: Operation | None, *, broken: bool) -> str:
     if record.state is NodeState.DELETING and broken:
         return f"its machine is broken; nodepool show {record.machine} says why"
+    if record.state is NodeState.HOLD:
+        return held(record)
     return at(record.work, operation)
 
 
@@ -200,12 +205,24 @@ def node_in_full(tx: Tx, catalog: Catalog, record: Node) -> View:
     under = tx.find(Machine, record.machine_id)
     stuck = under is not None and under.state is MachineState.BROKEN
     doing = _node_at(record, operations[-1] if operations else None, broken=stuck)
+    provider = catalog.provider(record.provider)
     return node(record, tx.now, doing) | {
+        "identity": str(provider.ssh.key.absolute()) if provider else "",
         "trouble": _node_trouble(catalog, record, operations, doing, tx.now),
         "timeline": timeline.of_node(record, events, operations, tx.now),
         "ready_seconds": ready,
         "total_seconds": round(seconds_between(record.created_at, gone), 3),
+        "events": [
+            event(found) | {"seconds": round(seconds_between(record.created_at, found.time), 3)}
+            for found in events[-LIFE_SHOWN:]
+        ],
     }
+
+
+def held(record: Node) -> str:
+    """Who holds a node, until when, and why."""
+    until = f" until {rfc3339(record.hold_until)}" if record.hold_until else ""
+    return f"held by {record.held_by}{until}: {record.comment}"
 
 
 def _node_trouble(catalog: Catalog, record: Node, operations: Sequence[Operation], doing: str, now: int) -> View | None:
@@ -217,121 +234,12 @@ def _node_trouble(catalog: Catalog, record: Node, operations: Sequence[Operation
         }.get(record.state, "nothing: the node is gone")
         return trouble(record.failure_phase, record.failure, record.failure_code, following)
     provider = catalog.provider(record.provider)
-    return _work_trouble(record.work, operations, provider.launch_retries if provider else 1, now)
+    return work_trouble(record.work, operations, provider.launch_retries if provider else 1, now)
 
 
-def machine(catalog: Catalog, record: Machine, doing: str, now: int) -> View:
-    """A machine as a list shows it; `doing` is what its job is at."""
-    spec, pool = catalog.machines.get(record.name), catalog.pool_of.get(record.name)
-    return {
-        "id": str(record.id),
-        "name": record.name,
-        "provider": record.provider,
-        "pool": pool.name if pool else "",
-        "rack": spec.rack if spec else "",
-        "state": str(record.state),
-        "since": when(record.since),
-        "age": round(seconds_between(record.since, now), 3),
-        "power": record.power_observed,
-        "power_wanted": record.power_wanted,
-        "power_seen_at": when(record.power_seen_at),
-        "accepted": record.accepted,
-        "maintenance": record.maintenance,
-        "maintenance_by": record.maintenance_by,
-        "retired": record.retired,
-        "strikes": record.strikes,
-        "node_id": _id(record.node_id),
-        "at": doing,
-        "trouble": _machine_trouble(catalog, record, (), now),
-    }
-
-
-def machines(tx: Tx, catalog: Catalog) -> View:
-    """All machines, by name."""
-    c = t.operations.c
-    working = select(t.machines.c.id).where(t.machines.c.step != "")
-    newest = select(func.max(c.id)).where(c.machine_id.in_(working)).group_by(c.machine_id)
-    operations = {op.machine_id: op for op in tx.select(Operation, c.id.in_(newest))}
-    living = {found.id: found for found in tx.select(Node, t.nodes.c.state != str(NodeState.DELETED))}
-    of_nodes = operations_of_nodes(tx)
-    items = []
-    for record in tx.select(Machine, order=t.machines.c.name):
-        life = living.get(record.node_id or 0)
-        operation = of_nodes.get(life.id) if life else operations.get(record.id)
-        items.append(machine(catalog, record, _machine_at(record, life, operation), tx.now))
-    return {"items": items, "next": None}
-
-
-def _machine_at(record: Machine, life: Node | None, operation: Operation | None) -> str:
-    if record.maintenance:
-        return f"in maintenance: {record.maintenance} ({record.maintenance_by or 'nobody'})"
-    if record.state is MachineState.OCCUPIED and life is not None:
-        doing = at(life.work, operation)
-        return f"node {life.id} is {life.state}" + (f", at {doing}" if doing else "")
-    if record.state is MachineState.INSPECTED and not record.accepted:
-        return "waits to be accepted (accept: true in the YAML); until then nothing is written to its disks"
-    if record.retired and record.state is MachineState.AVAILABLE:
-        return "retired: the YAML does not have it any more"
-    return at(record.work, operation)
-
-
-def _machine_trouble(catalog: Catalog, record: Machine, operations: Sequence[Operation], now: int) -> View | None:
-    if record.state is MachineState.BROKEN:
-        ahead = seconds_between(now, record.work.next_at)
-        soon = f"in {span(ahead)} ({rfc3339(record.work.next_at)})" if ahead > 0 else "soon"
-        following = f"it is inspected again {soon}; at once with: nodepool machine-inspect {record.name}"
-        return trouble(record.failure_phase, record.failure, record.failure_code, following)
-    provider = catalog.provider(record.provider)
-    return _work_trouble(record.work, operations, provider.launch_retries if provider else 1, now)
-
-
-def machine_in_full(tx: Tx, catalog: Catalog, name: str) -> View:
-    """A machine with its facts, its trouble, the steps of its current or last job, and its newest lives."""
-    record = machine_named(tx, name)
-    c = t.operations.c
-    operations = tx.select(Operation, c.machine_id == record.id, order=c.id.desc(), limit=100)[::-1]
-    lives = tx.select(Node, t.nodes.c.machine_id == record.id, order=t.nodes.c.id.desc(), limit=LIVES_SHOWN)
-    life = next((found for found in lives if found.id == record.node_id), None)
-    doing = _machine_at(record, life, operations[-1] if operations else None)
-    spec = catalog.machines.get(name)
-    return machine(catalog, record, doing, tx.now) | {
-        "enrolled_at": when(record.enrolled_at),
-        "origin": record.origin,
-        "bmc": spec.bmc if spec else "",
-        "interfaces": [{"mac": nic.mac, "ip": nic.ip} for nic in spec.interfaces] if spec else [],
-        "facts": dict(record.facts),
-        "trouble": _machine_trouble(catalog, record, operations, tx.now),
-        "timeline": timeline.of_job(operations, tx.now),
-        "lives": [_life(found, tx.now) for found in lives],
-        "events": _newest_events(tx, t.events.c.machine_id == record.id),
-    }
-
-
-def _newest_events(tx: Tx, of: ColumnElement[bool]) -> list[View]:
+def newest_events(tx: Tx, of: ColumnElement[bool]) -> list[View]:
     """What happened last, oldest first."""
     return [event(found) for found in tx.select(Event, of, order=t.events.c.id.desc(), limit=EVENTS_SHOWN)[::-1]]
-
-
-def machine_named(tx: Tx, name: str) -> Machine:
-    """The machine of this name; raises NotFound."""
-    found = tx.select(Machine, t.machines.c.name == name)
-    if not found:
-        raise NotFound(f"there is no machine {name}; nodepool machine-list shows them")
-    return found[0]
-
-
-def _life(record: Node, now: int) -> View:
-    end = record.since if record.state is NodeState.DELETED else now
-    ready = seconds_between(record.created_at, record.ready_at) if record.ready_at else None
-    return {
-        "id": str(record.id),
-        "label": record.label,
-        "state": str(record.state),
-        "created_at": when(record.created_at),
-        "ready_seconds": ready,
-        "total_seconds": round(seconds_between(record.created_at, end), 3),
-        "failure": record.failure,
-    }
 
 
 def request(record: Request, given: Sequence[View], waiting_for: Sequence[str], now: int) -> View:
@@ -384,9 +292,9 @@ def event(record: Event) -> View:
         "actor": record.actor,
         "from": record.from_state,
         "to": record.to_state,
-        "machine_id": _id(record.machine_id),
-        "node_id": _id(record.node_id),
-        "request_id": _id(record.request_id),
+        "machine_id": as_id(record.machine_id),
+        "node_id": as_id(record.node_id),
+        "request_id": as_id(record.request_id),
         "data": dict(record.data),
     }
 

@@ -178,7 +178,7 @@ def test_a_machine_that_nobody_accepted_says_so(pool):
     pool.settle()
     machine = pool.store.read(lambda tx: tx.select(Machine))[0]
     pool.store.write(lambda tx: tx.put(replace(machine, state=MachineState.INSPECTED, accepted=False)))
-    assert "waits to be accepted" in pool.get("/machines/lab-01").body["at"]
+    assert "waits to be accepted (nodepool machine-accept lab-01, or" in pool.get("/machines/lab-01").body["at"]
 
 
 def test_a_node_in_use_is_released_and_a_second_time_changes_nothing(pool):
