@@ -80,7 +80,7 @@ class Pool(RuleBasedStateMachine):
         try:
             self.story.request(count, ssh_keys=("ssh-ed25519 AAAAuser me",) if keys else ())
         except Refused:
-            assert count > min(self.kinds["max_servers"], self.kinds["machines"])
+            assert count > self.story.current().capacity("small")
 
     @rule(which=st.integers(0, 5))
     def somebody_releases(self, which):
