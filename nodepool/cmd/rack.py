@@ -1,5 +1,7 @@
 """`nodepool-rack`: real QEMU machines behind real IPMI BMCs, in a network of their own, to try nodepool on.
 
+With `--simulated` the machines are simulated, on loopback addresses, and no root is needed.
+
 Exit status: 0 done, 1 failed, 2 usage.
 """
 
@@ -13,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nodepool.rack import RackError, rack
+from nodepool.rack import RackError, inventory, phases, rack
 from nodepool.rack.inventory import Wish
+from nodepool.rack.simulated import rack as simulated_rack
 
 DESCRIPTION = """\
 A virtual rack: QEMU machines, each behind an IPMI 2.0 BMC of its own, in a network namespace of their own.
@@ -25,6 +28,12 @@ A virtual rack: QEMU machines, each behind an IPMI 2.0 BMC of its own, in a netw
     ip netns exec NAMESPACE ipmitool -I lanplus -H 127.0.0.11 -U admin -P PASSWORD chassis power on
     nodepool-rack fault n1 silent=rakp1      let a BMC misbehave
     nodepool-rack down                       take it away
+
+Simulated machines, without root or QEMU: real IPMI, network boot, agent protocol and SSH on loopback addresses.
+
+    nodepool-rack up --simulated 20 --seconds firmware=60,write=10
+    nodepool-rack yaml --to var/simulated    the daemon's YAML, secrets and files for them
+    nodepool-rack fault n3 fail=erase        let a phase of a machine fail, from now on
 """
 
 FAULTS = """\
@@ -39,6 +48,7 @@ faults:
   stuck            power commands are accepted and nothing happens
   refuse=COMMAND:CODE[,...]   e.g. control:0xc0; commands: status, control, set-boot, get-boot, identify,
                    device-id, guid, set-privilege, close
+  fail=PHASE[,...] hang=PHASE[,...]   of simulated machines: firmware, ramdisk, erase, write, configure, start, system
   drop=SHARE, duplicate=SHARE, delay=SECONDS   of answers
 """
 
@@ -65,28 +75,18 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser("nodepool-rack", description=DESCRIPTION, formatter_class=raw)
-    commands = top.add_subparsers(dest="command", required=True, metavar="up|down|status|console|fault")
+    commands = top.add_subparsers(dest="command", required=True, metavar="up|down|status|console|fault|yaml")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--dir", type=Path, default=Path("var/rack"), help="the rack's folder (default: %(default)s)")
 
-    make = commands.add_parser("up", parents=[common], help="make the rack and start it; all machines are off")
-    make.add_argument("--machines", type=int, default=1, help="how many (default: %(default)s)")
-    make.add_argument("--disk-size", type=size, help="e.g. 8G (default: 2G for the first machine, 4G for the others)")
-    make.add_argument("--memory", type=int, default=512, help="MiB for each machine (default: %(default)s)")
-    make.add_argument(
-        "--firmware",
-        type=firmwares,
-        default=("bios",),
-        metavar="bios|uefi[,...]",
-        help="for each machine in turn, from the start again when there are more machines (default: bios)",
+    _add_up(commands.add_parser("up", parents=[common], help="make the rack and start it; all machines are off"))
+    show = commands.add_parser("yaml", parents=[common], help="write what a daemon needs to use simulated machines")
+    show.add_argument("--to", type=Path, default=Path("var/simulated"), help="the folder (default: %(default)s)")
+    show.add_argument(
+        "--dib-cmd", default="tools/fake-image-create", help="what makes the image (default: %(default)s)"
     )
-    make.add_argument(
-        "--kernel",
-        type=Path,
-        action="append",
-        default=[],
-        help="a Linux kernel to boot when finding out whether kvm works (default: those in /boot); may be repeated",
-    )
+    show.add_argument("--min-ready", type=int, help="nodes to keep ready (default: all machines)")
+
     end = commands.add_parser("down", parents=[common], help="power off, end and remove everything")
     end.add_argument("--keep-disks", action="store_true", help="keep the disks for the next `up`")
 
@@ -107,12 +107,41 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _add_up(make: argparse.ArgumentParser) -> None:
+    make.add_argument("--machines", type=int, default=1, help="how many (default: %(default)s)")
+    make.add_argument("--disk-size", type=size, help="e.g. 8G (default: 2G for the first machine, 4G for the others)")
+    make.add_argument("--memory", type=int, default=512, help="MiB for each machine (default: %(default)s)")
+    make.add_argument(
+        "--firmware",
+        type=firmwares,
+        default=("bios",),
+        metavar="bios|uefi[,...]",
+        help="for each machine in turn, from the start again when there are more machines (default: bios)",
+    )
+    make.add_argument(
+        "--kernel",
+        type=Path,
+        action="append",
+        default=[],
+        help="a Linux kernel to boot when finding out whether kvm works (default: those in /boot); may be repeated",
+    )
+    make.add_argument("--simulated", type=int, metavar="N", help="N simulated machines instead; needs no root")
+    make.add_argument(
+        "--seconds",
+        action="append",
+        default=[],
+        metavar="PHASE=SECONDS[,...]",
+        help=f"how long phases of simulated machines last: all, {', '.join(phases.DEFAULT)} "
+        f"(default: {','.join(f'{name}={seconds:g}' for name, seconds in phases.DEFAULT.items())})",
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command."""
     args = parser().parse_args(argv)
-    run = {"up": _up, "down": _down, "status": _status, "console": _console, "fault": _fault}[args.command]
+    run = {"up": _up, "down": _down, "status": _status, "console": _console, "fault": _fault, "yaml": _yaml}
     try:
-        run(args)
+        run[args.command](args)
     except RackError as error:
         print(f"nodepool-rack: {error}", file=sys.stderr)
         return 1
@@ -126,9 +155,20 @@ def _progress(sentence: str) -> None:
 
 
 def _up(args: argparse.Namespace) -> None:
+    if args.simulated is not None:
+        folder = args.dir.resolve()
+        wanted = simulated_rack.describe(folder, args.simulated, phases.told(args.seconds))
+        rack.up_simulated(folder, wanted, _progress)
+        _progress(f"up; {args.dir / 'rack.json'} says where everything is")
+        return
     wish = Wish(args.machines, args.disk_size, args.memory, args.firmware)
     rack.up(args.dir, wish, _progress, args.kernel)
     _progress(f"up; {args.dir / 'rack.json'} says where everything is")
+
+
+def _yaml(args: argparse.Namespace) -> None:
+    path = simulated_rack.write_yaml(inventory.read(args.dir), args.to, args.dib_cmd, args.min_ready)
+    _progress(f"written; start the daemon: nodepoold -d -c {path} -s {path.with_name('secure.yaml')}")
 
 
 def _down(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
-from nodepool.rack import RackError
+from nodepool.rack import RackError, phases
 from nodepool.rack.wire import SUITES
 
 STAGES = ("", "open", "rakp1", "rakp3", "setpriv", "cmd", "answer", "all")
@@ -33,6 +33,13 @@ class Faults:
     drop: float = 0.0  # share of answers that are lost
     duplicate: float = 0.0  # share of answers that arrive twice
     delay: float = 0.0  # seconds before an answer leaves
+    fail: tuple[str, ...] = ()  # phases of a simulated machine that fail; those without a report never end
+    hang: tuple[str, ...] = ()  # phases of a simulated machine that make no progress
+
+    @property
+    def ails_machine(self) -> bool:
+        """Whether more than the BMC is concerned; only simulated machines can be told so."""
+        return bool(self.fail or self.hang)
 
     def described(self) -> list[str]:
         """What is not as it should be, as `NAME=VALUE`."""
@@ -93,6 +100,10 @@ def _share(value: str) -> float:
     return share
 
 
+def _phases(value: str) -> tuple[str, ...]:
+    return tuple({word: phases.DEFAULT[word] for word in value.split(",") if word})
+
+
 def _codes(value: str) -> Mapping[str, int]:
     codes = {}
     for item in filter(None, value.split(",")):
@@ -111,7 +122,10 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "lag": _seconds,
     "delay": _seconds,
     "refuse": _codes,
+    "fail": _phases,
+    "hang": _phases,
 }
+_PHASES = f"give one or more of {', '.join(phases.DEFAULT)}"
 _SWITCH, _SECONDS = "give yes or no, or nothing for yes", "give seconds, e.g. 8"
 _ALLOWED = {
     "silent": "give one of " + ", ".join(STAGES[1:]),
@@ -123,6 +137,8 @@ _ALLOWED = {
     "lag": _SECONDS,
     "delay": _SECONDS,
     "refuse": "give COMMAND:CODE, e.g. control:0xc0",
+    "fail": _PHASES,
+    "hang": _PHASES,
     "drop": "give a share between 0 and 1",
 }
 

@@ -25,6 +25,7 @@ from nodepool.rack import RackError, accel, inventory, network
 from nodepool.rack.inventory import Wish
 from nodepool.rack.machine import GIB, OVMF, QemuSpec, make_folder
 from nodepool.rack.server import PID_FILE, SOCKET
+from nodepool.rack.simulated import rack as simulated_rack
 
 Progress = Callable[[str], None]
 
@@ -72,13 +73,38 @@ def up(folder: Path, wish: Wish, progress: Progress, kernels: Iterable[Path] = (
         return rack
 
 
+def up_simulated(folder: Path, rack: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Start simulated machines as `simulated.rack.describe` has them; what rack.json says.  Needs no root.
+
+    Does nothing when that rack is up.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder):
+        if _answers(folder):
+            running = inventory.read(folder)
+            if not simulated_rack.alike(running, rack):
+                raise _another(folder)
+            return running
+        _clear(folder)
+        inventory.write(folder, rack)
+        try:
+            _start_server(folder, "")
+        except BaseException:
+            _clear(folder)
+            raise
+        first = rack["machines"][0]["bmc"]
+        progress(f"{len(rack['machines'])} simulated machine(s), BMCs from {first['host']} port {first['port']} on")
+        return rack
+
+
 def down(folder: Path, progress: Progress, *, keep_disks: bool = False) -> None:
     """Power all off, end the server, remove the namespace and, unless told to keep them, the disks.
 
     Works when the server hangs or was killed.  Logs, console logs and what the accelerator's probe said stay.
     """
-    _require_root()
     folder = folder.resolve()
+    if not simulated_rack.is_simulated_in(folder):
+        _require_root()
     if not folder.is_dir():
         raise RackError(f"there is no rack in {folder}")
     with _lock(folder):
@@ -128,14 +154,18 @@ def _answers(folder: Path) -> bool:
 def _same_or_refuse(folder: Path, specs: list[QemuSpec]) -> dict[str, Any]:
     rack = inventory.read(folder)
     if [inventory.spec_of(folder, machine) for machine in rack["machines"]] != specs:
-        raise RackError(f"another rack is up in {folder}: `nodepool-rack down --dir {folder}`, or take another --dir")
+        raise _another(folder)
     return rack
 
 
+def _another(folder: Path) -> RackError:
+    return RackError(f"another rack is up in {folder}: `nodepool-rack down --dir {folder}`, or take another --dir")
+
+
 def _start_server(folder: Path, namespace: str) -> None:
-    """Start the server inside the namespace, detached from us, and wait for its word."""
+    """Start the server inside the namespace (none: here), detached from us, and wait for its word."""
     reader, writer = os.pipe()
-    inside = ["nsenter", f"--net=/run/netns/{namespace}"]
+    inside = ["nsenter", f"--net=/run/netns/{namespace}"] if namespace else []
     server = [sys.executable, "-m", "nodepool.rack.server", str(folder), str(writer)]
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))

@@ -1,8 +1,8 @@
-"""The rack's one process: all BMCs, all QEMUs, and a Unix socket through which `nodepool-rack` asks and tells.
+"""The rack's one process: all BMCs, all machines, and a Unix socket through which `nodepool-rack` asks and tells.
 
-Runs inside the rack's network namespace as `python -m nodepool.rack.server FOLDER DESCRIPTOR`; says "up" or why not on
-DESCRIPTOR.  Its QEMUs die with it.  On the socket: one JSON object per line each way, {"do": "status" | "fault",
-...} answered by {"ok": ...} or {"error": sentence}.  SIGTERM ends it all.
+Runs as `python -m nodepool.rack.server FOLDER DESCRIPTOR`, for QEMU machines inside the rack's network namespace; says
+"up" or why not on DESCRIPTOR.  Its QEMUs die with it.  On the socket: one JSON object per line each way, {"do":
+"status" | "fault", ...} answered by {"ok": ...} or {"error": sentence}.  SIGTERM ends it all.
 """
 
 from __future__ import annotations
@@ -11,17 +11,22 @@ import asyncio
 import json
 import logging
 import os
+import resource
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nodepool.rack import RackError, inventory
 from nodepool.rack.accel import Accelerator
 from nodepool.rack.bmc import Bmc, User, serve
 from nodepool.rack.faults import NO_FAULTS
 from nodepool.rack.machine import QemuMachine
+from nodepool.rack.simulated import rack as simulated_rack
+
+if TYPE_CHECKING:
+    from nodepool.rack.simulated.machine import SimulatedMachine
 
 SOCKET, PID_FILE = "rack.sock", "server.pid"  # relative: a Unix socket's path holds 107 bytes
 _log = logging.getLogger("nodepool.rack")
@@ -32,11 +37,11 @@ class Rack:
 
     def __init__(self, folder: Path) -> None:
         rack = inventory.read(folder)
-        accelerator = Accelerator(**rack["accelerator"])
+        make = _maker(folder, rack)
         self.places: list[tuple[Bmc, str, int]] = []
-        self.machines: dict[str, tuple[QemuMachine, Bmc]] = {}
+        self.machines: dict[str, tuple[QemuMachine | SimulatedMachine, Bmc]] = {}
         for entry in rack["machines"]:
-            machine = QemuMachine(inventory.spec_of(folder, entry), accelerator)
+            machine = make(entry)
             place = entry["bmc"]
             bmc = Bmc(machine, {place["username"]: User(place["password"])}, machine.spec.uuid)
             self.places.append((bmc, place["host"], place["port"]))
@@ -74,12 +79,32 @@ class Rack:
         name = str(request.get("machine"))
         if name not in self.machines:
             raise RackError(f"there is no machine {name!r}; the machines are {', '.join(self.machines)}")
-        _, bmc = self.machines[name]
+        machine, bmc = self.machines[name]
         faults = NO_FAULTS if request.get("clear") else bmc.faults
         for text in request.get("set", []):
             faults = faults.with_fault(str(text))
+        if not isinstance(machine, QemuMachine):
+            machine.faults = faults
+        elif faults.ails_machine:
+            raise RackError("only simulated machines (nodepool-rack up --simulated N) can be told to fail or hang")
         bmc.faults = faults
         return faults.described()
+
+
+def _maker(folder: Path, rack: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], QemuMachine | SimulatedMachine]:
+    """What makes a machine out of its entry in rack.json."""
+    if simulated_rack.is_simulated(rack):
+        from nodepool.rack.simulated.machine import SimulatedMachine  # SSH and HTTP take memory: not for QEMU's sake
+
+        return lambda entry: SimulatedMachine(simulated_rack.spec_of(rack, entry))
+    accelerator = Accelerator(**rack["accelerator"])
+    return lambda entry: QemuMachine(inventory.spec_of(folder, entry), accelerator)
+
+
+def _allow_sockets() -> None:
+    """A simulated machine needs some four descriptors; there may be a thousand."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _converse(rack: Rack, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -100,6 +125,7 @@ async def _converse(rack: Rack, reader: asyncio.StreamReader, writer: asyncio.St
 async def run(folder: Path, ready: int) -> None:
     """Be the rack in `folder` until told to stop; the file descriptor `ready` is told once it answers."""
     os.chdir(folder)
+    _allow_sockets()
     rack = Rack(folder)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
