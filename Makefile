@@ -3,12 +3,18 @@ SHELL = /bin/bash
 PYTHON ?= python3
 BIN = .venv/bin
 RUN_ARGS =
+RACK = qemu
 
 help:                ## tell what there is
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: .venv/done system-run  ## all the set-up, then the main job; ONCE=1: once through, and exit
-	@$(BIN)/python tools/demo.py $(if $(ONCE),--once) $(RUN_ARGS)
+run: run-$(RACK)      ## all the set-up, then the main job; ONCE=1: the whole round, and exit; MACHINES=2; RACK=simulated
+
+run-qemu: .venv/done system-run
+	@$(BIN)/python tools/demo.py $(if $(ONCE),--once) $(if $(MACHINES),--machines $(MACHINES)) $(RUN_ARGS)
+
+run-simulated: .venv/done
+	@$(BIN)/python tools/demo_simulated.py $(if $(ONCE),--once) $(if $(MACHINES),--machines $(MACHINES)) $(RUN_ARGS)
 
 test: .venv/done system check  ## all the set-up, then every test
 	$(BIN)/pytest tests/unit tests/property tests/contract tests/scenario -n 2 --dist worksteal
@@ -39,4 +45,4 @@ system system-run system-test: .venv/done
 clean:               ## remove what was built and kept (var/, .venv)
 	rm -rf var .venv build *.egg-info
 
-.PHONY: help run test check bench doc clean system system-run system-test
+.PHONY: help run run-qemu run-simulated test check bench doc clean system system-run system-test
