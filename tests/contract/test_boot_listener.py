@@ -386,6 +386,7 @@ def test_a_listener_that_was_stopped_takes_wake_ups_quietly(door, tmp_path):
     up.listener.stop()
     up.listener.wake()
     up.listener.stop()
+    assert up.listener.held == 0
 
 
 # Files

@@ -133,8 +133,10 @@ def test_a_wake_up_before_and_after_it_runs_does_nothing(up):
     up.boot.wake()
     up.boot.start()
     up.boot.wake()
+    assert serves(up.network.port)
     up.boot.stop()
     up.boot.wake()
+    assert not serves(up.network.port)
 
 
 def test_dhcp_on_an_interface_that_is_not_there_is_refused(tmp_path):

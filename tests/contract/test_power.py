@@ -90,6 +90,7 @@ def test_asking_for_the_power_that_there_is_already_is_fine(power, bmc, endpoint
 def test_a_bmc_that_refuses_the_power_that_there_is_already_is_fine_too(power, bmc, endpoint):
     endpoint.bmc.faults = Faults(refuse={"control": 0xD5})
     power.set_power(bmc, on=False)
+    assert power.power(bmc) is False
 
 
 @pytest.mark.parametrize("device", ["pxe", "disk"])
