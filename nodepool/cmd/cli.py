@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from nodepool import __version__
+from nodepool.cmd.cli_output import FORMATS
 from nodepool.cmd.client import DEFAULTS, FAILED, USAGE, Client, CommandError
 
 DESCRIPTION = """\
@@ -24,6 +26,8 @@ Nodes (machines made ready), requests for them, and the machines and images behi
   nodepool release 12                      give node 12 back: its machine is wiped and used again
   nodepool explain small                   why there are no more of them
   nodepool show 12                         one node: what went wrong, where its time went
+  nodepool ssh 12                          log in to it
+  nodepool list --watch                    the nodes, drawn again every 2 seconds
 """
 EPILOG = f"""\
 The daemon is asked through its Unix socket: --url, else NODEPOOL_URL, else {DEFAULTS[0]}, else {DEFAULTS[1]}.
@@ -44,7 +48,7 @@ class Command(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; gives the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser(words)
+    parser = parser_of(words)
     try:
         args = parser.parse_args(words)
     except SystemExit as stop:  # --help, --version, or words that make no command
@@ -72,7 +76,13 @@ def _run(args: argparse.Namespace) -> int:
         return int(importlib.import_module(LOCAL[args.command].run).run(args))
     module, _, function = COMMANDS[args.command].run.partition(":")
     run = getattr(importlib.import_module(f"nodepool.cmd.{module}"), function)
-    return int(run(Client(args.url), args))
+    client = Client(args.url)
+    if getattr(args, "watch", None) is None:
+        return int(run(client, args))
+    from nodepool.cmd.cli_watch import watch
+
+    between = {"table": "\n", "yaml": "---\n"}.get(args.format, "")
+    return watch(lambda: int(run(client, args)), args.watch, between)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -87,7 +97,8 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(USAGE)
 
 
-def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+def parser_of(words: Sequence[str]) -> argparse.ArgumentParser:
+    """The program's words; those of a local command only when it is among `words`."""
     parser = _Parser(prog="nodepool", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"nodepool {__version__}")
     parser.add_argument("-c", "--config", metavar="FILE", help="the configuration, for config-validate")
@@ -111,7 +122,8 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
 def _common(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     parser.add_argument("--url", default=defaults["url"], help="the daemon's socket: a path or unix:///path")
-    parser.add_argument("--format", choices=("table", "json"), default=defaults["format"], help="default: table")
+    forms = "how to print it (default: table)"
+    parser.add_argument("--format", choices=FORMATS, default=defaults["format"], help=forms)
 
 
 def _label(text: str) -> tuple[str, int]:
@@ -132,11 +144,71 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _every(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0.1 on (names go before --watch)")
+    return seconds
+
+
+def _until(text: str) -> dict[str, object]:
+    """A duration in the YAML's words, or a time (RFC 3339; without a zone, this machine's), as the API takes them."""
+    if match := re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)([smhd]?)", text, re.ASCII):
+        return {"seconds": float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]}
+    from datetime import datetime
+
+    try:
+        return {"until": datetime.fromisoformat(text).astimezone().isoformat()}
+    except (ValueError, OverflowError):
+        problem = f"{text!r} is no duration (90m, 2h, 3d) and no time (2026-11-20T18:00, with Z or +01:00 if not here)"
+        raise argparse.ArgumentTypeError(problem) from None
+
+
+def _watch(parser: argparse.ArgumentParser) -> None:
+    again = "look again every so many seconds (2) until Ctrl-C"
+    parser.add_argument("--watch", metavar="SECONDS", nargs="?", type=_every, const=2.0, help=again)
+
+
+def _show_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NODE|MACHINE", help="a node's id or a machine's name")
+    _watch(parser)
+
+
+def _hold_arguments(parser: argparse.ArgumentParser) -> None:
+    _nodes(parser)
+    parser.add_argument("--reason", metavar="TEXT", default="", help="what it is held for")
+    until = "let it go by itself after 90m, 2h, 3d, or at a time such as 2026-11-20T18:00"
+    parser.add_argument("--until", metavar="TIME|DURATION", type=_until, help=until)
+    parser.add_argument("--off", action="store_true", help="end the hold")
+
+
+def _accept_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("machine", metavar="MACHINE", help="its name")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--off", action="store_true", help="take back an acceptance that was given by this command")
+
+
+def _ssh_arguments(parser: argparse.ArgumentParser) -> None:
+    identity = "the private key (default: nodepool's own where you may read it, else what ssh finds)"
+    parser.add_argument("-i", "--identity", metavar="FILE", default="", help=identity)
+    parser.add_argument("node", metavar="NODE", help="a node's id")
+    parser.add_argument("words", metavar="COMMAND", nargs=argparse.REMAINDER, help="what to run there, with its words")
+
+
+def _completion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "words"), help="the shell; `words` is what its script asks")
+    parser.add_argument("kind", nargs="?", default="", help=argparse.SUPPRESS)
+
+
 def _list_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--detail", action="store_true", help="more columns")
     parser.add_argument("--label", default="", help="only nodes of this label")
     parser.add_argument("--state", default="", help="only nodes in this state; `deleted` lists those that are gone")
     parser.add_argument("--provider", default="", help="only nodes of this provider")
+    _watch(parser)
 
 
 def _request_arguments(parser: argparse.ArgumentParser) -> None:
@@ -176,15 +248,18 @@ def _nodes(parser: argparse.ArgumentParser) -> None:
 COMMANDS = {
     "list": Command(
         "list the nodes and what each is at",
-        "  nodepool list --label small\n  nodepool list --detail --format json\n",
+        "  nodepool list --label small --state ready\n"
+        "  nodepool list --watch 5                  drawn again every 5 seconds\n"
+        "  nodepool list --format csv               with the fields of the API, for other programs\n"
+        "  nodepool list --state deleted --detail   those that are gone\n",
         "cli_lists:nodes",
         _list_arguments,
     ),
     "show": Command(
         "show a node or a machine: what failed and why, what happens next, seconds per phase",
-        "  nodepool show 12\n  nodepool show r1n1\n",
+        "  nodepool show 12\n  nodepool show r1n1 --watch\n  nodepool show 12 --format yaml\n",
         "cli_shows:show",
-        _one("name", "NODE|MACHINE", "a node's id or a machine's name"),
+        _show_arguments,
     ),
     "machine-list": Command("list the machines", "  nodepool machine-list --format json\n", "cli_lists:machines"),
     "machine-inspect": Command(
@@ -192,6 +267,14 @@ COMMANDS = {
         "  nodepool machine-inspect r1n1\n",
         "cli_actions:machine_inspect",
         _one("machine", "MACHINE", "its name"),
+    ),
+    "machine-accept": Command(
+        "let all disks of a machine be wiped and the pool use it; shows what it is, and asks",
+        "  nodepool machine-accept r1n1\n"
+        "  nodepool machine-accept r1n1 --yes\n"
+        "  nodepool machine-accept r1n1 --off       not to be used any more, after what runs there\n",
+        "cli_accept:machine_accept",
+        _accept_arguments,
     ),
     "image-list": Command(
         "list what is published of each image at each provider, and what is being built",
@@ -236,8 +319,22 @@ COMMANDS = {
         "cli_actions:release",
         _release_arguments,
     ),
+    "hold": Command(
+        "keep nodes as they are, whoever gives them back, until somebody has looked at them",
+        '  nodepool hold 12 --reason "job 4711 failed oddly" --until 2h\n'
+        '  nodepool hold 12 --reason "for the vendor" --until 2026-11-20T18:00\n'
+        "  nodepool hold --off 12                   back to its request if that goes on, else wiped\n",
+        "cli_actions:hold",
+        _hold_arguments,
+    ),
+    "ssh": Command(
+        "log in to a node, which must show the host key that nodepool knows",
+        "  nodepool ssh 12\n  nodepool ssh 12 uname -a\n  nodepool ssh -i ~/.ssh/ci 12 'journalctl -b | tail'\n",
+        "cli_ssh:ssh",
+        _ssh_arguments,
+    ),
     "delete": Command(
-        "take nodes down, whoever has them",
+        "take nodes down, whoever has or holds them",
         "  nodepool delete 12\n",
         "cli_actions:delete",
         _nodes,
@@ -247,6 +344,14 @@ COMMANDS = {
         "  nodepool explain small\n",
         "cli_shows:explain",
         _one("label", "LABEL", "a label of the YAML"),
+    ),
+    "completion": Command(
+        "print a script that lets bash or zsh complete commands, options, nodes, machines and labels",
+        "  source <(nodepool completion bash)\n"
+        "  nodepool completion bash > /etc/bash_completion.d/nodepool\n"
+        '  nodepool completion zsh > "${fpath[1]}/_nodepool"\n',
+        "cli_completion:completion",
+        _completion_arguments,
     ),
     "status": Command("show how the daemon and its loops are", "  nodepool status --format json\n", "cli_shows:status"),
 }

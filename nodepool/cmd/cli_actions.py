@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from nodepool.cmd.cli_output import output
 from nodepool.cmd.cli_shows import request_nodes, request_text
 from nodepool.cmd.client import DONE, FAILED, USAGE, Client, CommandError, part
 from nodepool.cmd.tables import plain
@@ -100,6 +100,18 @@ def delete(client: Client, args: argparse.Namespace) -> int:
     return _each(args, args.nodes, lambda node: client.delete(f"/nodes/{part(node)}"))
 
 
+def hold(client: Client, args: argparse.Namespace) -> int:
+    """`hold NODE... --reason TEXT [--until TIME|DURATION]`, `hold --off NODE...`."""
+    if args.off:
+        if args.reason or args.until:
+            raise CommandError("--off ends a hold: it goes without --reason and --until", USAGE)
+        return _each(args, args.nodes, lambda node: client.delete(f"/nodes/{part(node)}/hold"))
+    if not args.reason:
+        raise CommandError("say what it is held for: --reason TEXT (or end a hold: --off)", USAGE)
+    body = {"reason": args.reason, **(args.until or {})}
+    return _each(args, args.nodes, lambda node: client.post(f"/nodes/{part(node)}/hold", body))
+
+
 def _each(args: argparse.Namespace, nodes: list[str], act: Any) -> int:
     """Act on every node, also when one of them fails; the first failure gives the exit status."""
     items, status = [], DONE
@@ -111,10 +123,11 @@ def _each(args: argparse.Namespace, nodes: list[str], act: Any) -> int:
             status = status or error.status
             continue
         items.append(item)
-        if args.format != "json":
-            print(f"node {item['id']} is {item['state']}")
-    if args.format == "json":
-        print(json.dumps(items, indent=2, ensure_ascii=False))
+        if args.format == "table":
+            held = f" (held by {item['held_by']}: {item['comment']})" if item["state"] == "hold" else ""
+            print(plain(f"node {item['id']} is {item['state']}{held}"))
+    if args.format != "table":
+        output(args, items, str)
     return status
 
 
@@ -137,5 +150,4 @@ def machine_inspect(client: Client, args: argparse.Namespace) -> int:
 
 
 def _output(args: argparse.Namespace, item: Item, text: str) -> int:
-    print(json.dumps(item, indent=2, ensure_ascii=False) if args.format == "json" else text)
-    return DONE
+    return output(args, item, lambda: text)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nodepool.clock import age
-from nodepool.cmd.client import DONE, Client
+from nodepool.cmd.cli_output import output
+from nodepool.cmd.client import Client
 from nodepool.cmd.tables import table
 
 Item = dict[str, Any]
@@ -45,14 +45,11 @@ def requests(client: Client, args: argparse.Namespace) -> int:
     return _print(args, client.items("/requests", state=args.state), _REQUEST)
 
 
-def _print(args: argparse.Namespace, items: Iterable[Item], columns: Iterable[Column]) -> int:
-    if args.format == "json":
-        print(json.dumps(items, indent=2, ensure_ascii=False))
-        return DONE
-    columns = list(columns)
-    rows = [[value(item) for _, value in columns] for item in items]
-    print(table([name for name, _ in columns], rows))
-    return DONE
+def _print(args: argparse.Namespace, items: Sequence[Item], columns: Sequence[Column]) -> int:
+    def text() -> str:
+        return table([name for name, _ in columns], [[value(item) for _, value in columns] for item in items])
+
+    return output(args, items, text)
 
 
 def short(text: str) -> str:
@@ -111,6 +108,8 @@ _NODE_DETAIL: tuple[Column, ...] = (
     ("Comment", _get("comment")),
     ("User Data", _none),
     ("Driver Data", _get("build_id")),
+    ("Held By", _get("held_by")),
+    ("Hold Until", _get("hold_until")),
 )
 _MACHINE: tuple[Column, ...] = (
     ("Name", _get("name")),

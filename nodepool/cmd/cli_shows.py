@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nodepool.clock import age
 from nodepool.cmd.cli_lists import short, wanted
-from nodepool.cmd.client import DONE, NOT_FOUND, Client, CommandError, part
-from nodepool.cmd.tables import pairs, plain, table
+from nodepool.cmd.cli_output import output
+from nodepool.cmd.cli_ssh import ALIVE
+from nodepool.cmd.client import NOT_FOUND, Client, CommandError, part
+from nodepool.cmd.tables import pairs, plain, state, table
 
 Item = dict[str, Any]
 Pair = tuple[str, object]
-
-_ALIVE = frozenset({"ready", "in-use", "hold"})  # states in which a node can be logged in to
 
 
 def show(client: Client, args: argparse.Namespace) -> int:
@@ -53,51 +52,58 @@ def status(client: Client, args: argparse.Namespace) -> int:
 
 
 def _output(args: argparse.Namespace, item: Item, text: Any) -> int:
-    print(json.dumps(item, indent=2, ensure_ascii=False) if args.format == "json" else text(item))
-    return DONE
+    return output(args, item, lambda: str(text(item)))
 
 
 def _node(item: Item) -> str:
     ready = f"; ready after {item['ready_seconds']:.1f} s" if item["ready_seconds"] is not None else ""
     port = f" -p {item['port']}" if item["port"] != 22 else ""
-    head = f"node {item['id']}: {item['state']} for {age(item['age'])}"
+    login = f"ssh{port} {item['username']}@{item['address']}, or: nodepool ssh {item['id']}"
+    head = f"node {item['id']}: {state(item['state'])} for {age(item['age'])}"
     facts: list[Pair] = [
         ("label", f"{item['label']} (image {item['image']}, build {item['build_id']})"),
         ("machine", f"{item['machine']} (provider {item['provider']}, pool {item['pool']})"),
-        ("login", f"ssh{port} {item['username']}@{item['address']}" if item["state"] in _ALIVE else ""),
+        ("login", login if item["state"] in ALIVE else ""),
         ("host key", item["host_key"]),
         ("request", item["request_id"]),
-        ("comment", item["comment"]),
+        ("comment", "" if item["state"] == "hold" else item["comment"]),
         ("created", f"{item['created_at']}{ready}; {item['total_seconds']:.1f} s in all"),
         ("now", item["at"]),
         *_trouble(item["trouble"]),
     ]
-    return "\n".join([head, pairs(facts), *_timeline(item["timeline"])])
+    return "\n".join([head, pairs(facts), *_timeline(item["timeline"]), *_history(item["events"])])
 
 
 def _machine(item: Item) -> str:
-    head = f"machine {item['name']}: {item['state']} for {age(item['age'])}"
+    head = f"machine {item['name']}: {state(item['state'])} for {age(item['age'])}"
     power = item["power"] or "not read yet"
     if item["power_seen_at"]:
         power += f" since {item['power_seen_at']}"
-    flags = [word for word in ("accepted", "retired") if item[word]]
     facts: list[Pair] = [
         ("provider", f"{item['provider']}, pool {item['pool'] or 'none'}"),
         ("rack", item["rack"]),
         ("bmc", item["bmc"]),
         ("interfaces", ", ".join(f"{nic['mac']} {nic['ip']}" for nic in item["interfaces"])),
         ("power", power),
-        ("flags", ", ".join(flags)),
+        ("accepted", _accepted(item)),
+        ("retired", "the YAML does not have it any more" if item["retired"] else ""),
         ("maintenance", item["maintenance"]),
         ("strikes", item["strikes"] or ""),
         ("node", item["node_id"]),
         ("hardware", _hardware(item["facts"])),
+        ("spent", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in item["spent"].items())),
         ("now", item["at"]),
         *_trouble(item["trouble"]),
     ]
     return "\n".join(
         [head, pairs(facts), *_timeline(item["timeline"]), *_lives(item["lives"]), *_events(item["events"])]
     )
+
+
+def _accepted(item: Item) -> str:
+    if item["accepted_by"]:
+        return f"by {item['accepted_by']} at {item['accepted_at']}"
+    return "in the YAML" if item["accepted"] else "no"
 
 
 def _hardware(facts: Mapping[str, str]) -> str:
@@ -160,6 +166,21 @@ def _lives(lives: Sequence[Item]) -> list[str]:
     return ["", table(("Node", "Label", "State", "Created", "Ready After", "Seconds", "Failure"), rows)]
 
 
+def _history(events: Sequence[Item]) -> list[str]:
+    """What happened to a node, how many seconds after it was begun, and who did it."""
+    rows = [
+        (
+            item["time"],
+            f"{item['seconds']:.1f}",
+            f"{item['from']} -> {item['to']}" if item["from"] else item["to"] or item["type"],
+            item["actor"],
+            short(item["message"]),
+        )
+        for item in events
+    ]
+    return ["", table(("Time", "After", "Happened", "Who", "Why"), rows)] if rows else []
+
+
 def _events(events: Sequence[Item]) -> list[str]:
     rows = [
         (
@@ -185,7 +206,7 @@ def request_text(item: Item) -> str:
         ("failed", item["error"]),
         *(("waits for", reason) for reason in item["waiting_for"]),
     ]
-    head = f"request {item['id']}: {item['state']} for {age(item['age'])}"
+    head = f"request {item['id']}: {state(item['state'])} for {age(item['age'])}"
     return "\n".join([head, pairs(facts), *request_nodes(item["nodes"])])
 
 
@@ -208,12 +229,18 @@ def _explain(item: Item) -> str:
         ("have", f"{have}; {item['free']} of them free, {item['capacity']} at most"),
         *((f"building {n['id']}", f"on {n['machine']}, {n['seconds']:.0f} s: {n['at']}") for n in item["building"]),
         *((f"request {r['id']}", f"{wanted(r)} for {r['requestor']}, {r['seconds']:.0f} s") for r in item["requests"]),
+        *((f"held {n['id']}", f"on {n['machine']}, {_hold(n)}") for n in item["held"]),
         *(("because", reason) for reason in item["reasons"]),
         *_image_pairs(item["images"]),
         *_pool_pairs(item["pools"]),
         *_trouble(item["trouble"]),
     ]
     return "\n".join([item["summary"], pairs(facts)])
+
+
+def _hold(node: Item) -> str:
+    until = f" until {node['until']}" if node["until"] else ""
+    return f"by {node['by']} since {node['since']}{until}: {node['reason']}"
 
 
 def _image_pairs(images: Iterable[Item]) -> list[Pair]:
