@@ -9,10 +9,10 @@ from fastapi import APIRouter, Query
 from starlette.responses import Response
 
 from nodepool.api.answers import answer
-from nodepool.api.desk import Desk, Part
+from nodepool.api.desk import Actor, Desk, Part
 from nodepool.model import Status
 from nodepool.plan import Snapshot
-from nodepool.service import explain, loading, views
+from nodepool.service import explain, freezing, loading, views
 from nodepool.service.agents import UNKNOWN
 from nodepool.store import Tx
 
@@ -42,7 +42,11 @@ def router(desk: Desk) -> APIRouter:
 
     @routes.get("/status", summary="How the daemon and its loops are, and how much there is of what")
     def show_status() -> Response:
-        return answer(dict(desk.status()) | desk.read(_counts))
+        return answer({"frozen": desk.read(freezing.frozen)} | dict(desk.status()) | desk.read(_counts))
+
+    @routes.post("/thaw", summary="Go on after a look: out of the freeze, and with what was held back")
+    def thaw(actor: Actor) -> Response:
+        return answer({"was": desk.write(lambda tx: freezing.thaw(tx, desk.catalog(), actor)), "frozen": ""})
 
     return routes
 

@@ -345,6 +345,11 @@ COMMANDS = {
         "cli_shows:explain",
         _one("label", "LABEL", "a label of the YAML"),
     ),
+    "thaw": Command(
+        "go on after a look: out of the freeze (nodepool status says why), and with what was held back",
+        "  nodepool status\n  nodepool thaw\n",
+        "cli_actions:thaw",
+    ),
     "completion": Command(
         "print a script that lets bash or zsh complete commands, options, nodes, machines and labels",
         "  source <(nodepool completion bash)\n"

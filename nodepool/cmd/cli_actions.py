@@ -149,5 +149,11 @@ def machine_inspect(client: Client, args: argparse.Namespace) -> int:
     return _output(args, item, f"machine {item['name']} is {item['state']}")
 
 
+def thaw(client: Client, args: argparse.Namespace) -> int:
+    """`thaw`."""
+    item = client.post("/thaw")
+    return _output(args, item, "it goes on" + (f"; it was frozen: {item['was']}" if item["was"] else ""))
+
+
 def _output(args: argparse.Namespace, item: Item, text: str) -> int:
     return output(args, item, lambda: text)

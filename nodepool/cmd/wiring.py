@@ -14,6 +14,7 @@ from nodepool.loops.janitor import Janitor
 from nodepool.loops.launcher import Executor, Kit, Launcher
 from nodepool.loops.planner import Planner
 from nodepool.loops.running import Loop
+from nodepool.loops.watermark import Watermark
 from nodepool.metrics import Metrics
 from nodepool.model import Status
 from nodepool.plan import Catalog, catalog
@@ -60,17 +61,20 @@ class Daemon:
         self.launcher = Launcher(store, current, parts.kits, parts.steps, parts.metrics)
         self.builder = Builder(store, current, parts.make, parts.builds, parts.metrics)
         self.janitor = Janitor(store, current)
+        self.watermark = Watermark(store, current().config.images_dir)
         self.loops: dict[str, Loop] = {
             "planner": self.planner,
             "launcher": self.launcher,
             "builder": self.builder,
             "janitor": self.janitor,
+            "watermark": self.watermark,
             **others,
         }
         self.loops["status"] = StatusBoard(store, self.loops)
 
     def take_office(self, office: Office) -> None:
-        """What the loops write counts under this term of office."""
+        """What the loops write counts under this term of office; a database that is behind is frozen first."""
+        self.watermark.check(office)
         for loop in (self.planner, self.launcher, self.builder, self.janitor):
             loop.office = office
 

@@ -44,9 +44,11 @@ class Janitor:
 
     def _sweep(self, tx: Tx) -> int:
         before = tx.now - micros(self._catalog().config.event_retention)
+        newest = tx.select(Event, order=t.events.c.id.desc(), limit=1)
+        kept = newest[0].id if newest else 0  # tells how far this database has come (loops.watermark)
         over = [str(BootState.ENDED), str(BootState.FAILED)]
         return (
-            tx.remove(Event, t.events.c.time < before)
+            tx.remove(Event, t.events.c.time < before, t.events.c.id < kept)
             + tx.remove(Operation, t.operations.c.finished_at > 0, t.operations.c.finished_at < before)
             + tx.remove(Boot, t.boots.c.state.in_(over), t.boots.c.ended_at > 0, t.boots.c.ended_at < before)
         )

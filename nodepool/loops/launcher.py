@@ -22,7 +22,7 @@ from nodepool.errors import Code, Conflict, OutOfOffice, Permanent, StepError, S
 from nodepool.loops import steps
 from nodepool.loops.steps import Item
 from nodepool.metrics import Metrics
-from nodepool.model import Boot, Machine, Node, NodeState, OperationState
+from nodepool.model import Boot, BootState, Machine, Node, NodeState, OperationState
 from nodepool.plan import Catalog
 from nodepool.plan.board import HAND_OVER, Board
 from nodepool.service import loading
@@ -90,6 +90,7 @@ class Launcher:
         self._running: set[int] = set()
         self._results: deque[tuple[int, Item, Result]] = deque()
         self._last_pass = 0
+        self._thawing = False
         self._rng = random.Random()
         self.wake: Callable[[], None] = lambda: None
 
@@ -98,6 +99,8 @@ class Launcher:
         now = self._clock.now()
         try:
             self._fold()
+            if self._board.frozen:
+                return self._stand_still()
             if now - self._last_pass > micros(ABSENCE):
                 self._attend(now)
             self._last_pass = now
@@ -115,6 +118,14 @@ class Launcher:
     def sentence(self) -> str:
         """What it is at."""
         return f"{len(self._signs)} machines at work, {len(self._running)} steps running"
+
+    def _stand_still(self) -> int:
+        """While nodepool is frozen what runs is written down and nothing begun; nobody is charged for the time."""
+        while self._write_results():
+            self._fold()
+        self._last_pass = 0
+        self._thawing = True
+        return 0
 
     def _fold(self) -> None:
         changes, whole = self._store.follow(self._feed, loading.board)
@@ -172,6 +183,8 @@ class Launcher:
         """After a start or an absence: no deadline has run while nobody was there."""
 
         def go_on(item: Item) -> Callable[[Tx], None]:
+            if self._boots_in_vain(item, now):
+                return lambda tx: steps.begin(tx, item, item.steps[0].name)
             return lambda tx: steps.attended(tx, item)
 
         found = [item for machine in self._board.machines.values() if (item := self._item(machine)) is not None]
@@ -181,7 +194,14 @@ class Launcher:
             each(self._store, [go_on(item) for item in begun], self.office)
             self._fold()
             for item in begun:
-                self._look_at(item.machine.id, min(item.subject.work.next_at, now + micros(steps.LONGEST)))
+                self._look_at(item.machine.id, steps.resumed_at(item.subject.work, now))
+        self._thawing = False
+
+    def _boots_in_vain(self, item: Item, now: int) -> bool:
+        """Whether the machine was switched on and met nobody who would have given it the agent."""
+        if item.boot is None or item.boot.state is not BootState.EXPECTED or not item.steps:
+            return False
+        return self._thawing or now - item.boot.minted_at > micros(item.provider.boot_timeout)
 
     def _start(self, now: int) -> bool:
         """Begin or run what is due, as much as there are workers for; says whether there are results already."""

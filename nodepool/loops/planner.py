@@ -26,6 +26,7 @@ class Planner:
     def __init__(self, store: Store, catalog: Callable[[], Catalog], metrics: Metrics) -> None:
         self.office: Office | None = None
         self.reasons: Mapping[str, tuple[str, ...]] = {}
+        self.alarms: tuple[str, ...] = ()
         self.sentence = "not run yet"
         self._store = store
         self._catalog = catalog
@@ -68,6 +69,7 @@ class Planner:
         for _ in range(ROUNDS if mattered else 0):
             made = plan(catalog, self._snapshot, now)
             self.reasons, self._think_at = made.reasons, made.next_at
+            self._alarm(made.alarms)
             if not made.actions:
                 return
             if not self._apply(catalog, made.actions):
@@ -82,6 +84,13 @@ class Planner:
             return self._snapshot.fold(changes)
         self._snapshot = Snapshot.of(changes)
         return True
+
+    def _alarm(self, alarms: tuple[str, ...]) -> None:
+        """Say once what is held back."""
+        for alarm in alarms:
+            if alarm not in self.alarms:
+                log.error("%s", alarm)
+        self.alarms = alarms
 
     def _apply(self, catalog: Catalog, actions: tuple[Action, ...]) -> bool:
         outcome = each(

@@ -132,12 +132,17 @@ def waits(tx: Tx, item: Item, answer: Wait, *, progress: bool) -> None:
             tx.put(_observed(tx, item.machine, answer.power))
 
 
+def resumed_at(work: Work, now: int) -> int:
+    """When a step is next run: as was written, or now when a clock that was set back since then has written it."""
+    return work.next_at if work.next_at <= now + micros(LONGEST) else now
+
+
 def attended(tx: Tx, item: Item) -> None:
     """Somebody looks after the step again: its patience begins anew, or when it is next run."""
     work = item.subject.work
     step = item.step(work.step)
     assert step is not None
-    next_at = min(work.next_at, tx.now + micros(LONGEST))
+    next_at = resumed_at(work, tx.now)
     deadline = max(next_at, tx.now) + micros(item.timeout(step))
     tx.put(replace(item.subject, work=replace(work, next_at=next_at, deadline=deadline)))
 

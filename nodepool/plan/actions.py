@@ -129,3 +129,4 @@ class Plan:
     actions: tuple[Action, ...] = ()
     reasons: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # label -> sentences
     next_at: int = 0
+    alarms: tuple[str, ...] = ()  # what is held back until somebody has looked

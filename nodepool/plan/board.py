@@ -18,7 +18,9 @@ from nodepool.model import (
     Record,
     Request,
     RequestState,
+    Status,
 )
+from nodepool.plan.guard import FREEZE
 
 HAND_OVER = "ready"  # the job of putting the requestor's keys on a READY node
 AUTHORIZED = "authorized"  # the step of a READY node whose keys are on
@@ -35,6 +37,7 @@ class Board:
     operations: dict[int, Operation] = field(default_factory=dict)  # the newest of each machine, by machine
     requests: dict[int, Request] = field(default_factory=dict)  # that are being handed over
     builds: dict[str, Build] = field(default_factory=dict)  # that are ready
+    frozen: str = ""  # why no step may be run; "": it may
 
     def fold(self, records: Iterable[Record]) -> set[int]:
         """Take in rows that changed; gives the machines that they concern."""
@@ -70,6 +73,8 @@ class Board:
             self.builds.pop(record.id, None)
             if record.state is BuildState.READY:
                 self.builds[record.id] = record
+        elif isinstance(record, Status) and record.id == FREEZE:
+            self.frozen = record.text
 
     def _fold_node(self, node: Node) -> None:
         if node.state is NodeState.DELETED:

@@ -14,6 +14,7 @@ from nodepool.clock import micros, seconds_between
 from nodepool.config.records import Pool
 from nodepool.lifecycle import Backoff
 from nodepool.model import Build, BuildState, MachineState, NodeState, RequestState
+from nodepool.plan import guard
 from nodepool.plan.actions import (
     Abandon,
     Accept,
@@ -28,7 +29,6 @@ from nodepool.plan.actions import (
     Inspect,
     Plan,
     RequestBuild,
-    Retire,
 )
 from nodepool.plan.catalog import Catalog, pool_limit
 from nodepool.plan.snapshot import PoolKey, Snapshot
@@ -50,6 +50,7 @@ class Draft:
     now: int
     actions: list[Action] = field(default_factory=list)
     reasons: dict[str, list[str]] = field(default_factory=dict)
+    alarms: list[str] = field(default_factory=list)
     next_at: int = 0
     spent: Counter[PoolKey] = field(default_factory=Counter)  # slots given to new nodes
     _free: dict[str, list[int]] = field(default_factory=dict)
@@ -114,12 +115,17 @@ def plan(catalog: Catalog, snapshot: Snapshot, now: int) -> Plan:
     """Decide what to do; a plan over the snapshot after its own actions were applied is empty."""
     draft = Draft(catalog, snapshot, now)
     _roster(draft)
-    _machines(draft)
-    _nodes(draft)
-    _images(draft)
-    missing = _requests(draft)
-    _capacity(draft, missing)
-    return Plan(tuple(draft.actions), {label: tuple(said) for label, said in draft.reasons.items()}, draft.next_at)
+    if snapshot.frozen:
+        for label in catalog.config.labels:
+            draft.because(label, f"nodepool is frozen: {snapshot.frozen}")
+    else:
+        _machines(draft)
+        _nodes(draft)
+        _images(draft)
+        missing = _requests(draft)
+        _capacity(draft, missing)
+    reasons = {label: tuple(said) for label, said in draft.reasons.items()}
+    return Plan(tuple(draft.actions), reasons, draft.next_at, tuple(draft.alarms))
 
 
 def _roster(draft: Draft) -> None:
@@ -132,10 +138,7 @@ def _roster(draft: Draft) -> None:
         if machine is None or machine.retired or (machine.provider, machine.accepted, machine.declared) != wanted:
             draft.actions.append(Enroll(name, *wanted))
     if len(known) > len(draft.catalog.machines) or known.keys() != draft.catalog.machines.keys():
-        for name in known.keys() - draft.catalog.machines.keys():
-            machine = draft.snapshot.machines[known[name]]
-            if machine.origin == "file" and not machine.retired:
-                draft.actions.append(Retire(machine.id))
+        guard.retire(draft)
 
 
 def _machines(draft: Draft) -> None:
@@ -153,7 +156,7 @@ def _machines(draft: Draft) -> None:
         machine = snapshot.machines[machine_id]
         if machine.retired or machine.maintenance:
             continue
-        if machine.work.next_at <= draft.now:
+        if guard.due(draft, machine):
             draft.actions.append(Inspect(machine_id, "another try after it was broken"))
         else:
             draft.again_at(machine.work.next_at)
@@ -174,28 +177,7 @@ def _nodes(draft: Draft) -> None:
         machine = snapshot.machines[snapshot.nodes[node_id].machine_id]
         if machine.retired and machine.state is MachineState.BROKEN:
             draft.actions.append(Abandon(node_id, "the YAML has its machine no more; its system may still run there"))
-    _free_nodes(draft, retired)
-
-
-def _free_nodes(draft: Draft, retired: set[int]) -> None:
-    """READY nodes that nobody was promised are taken down when the YAML or their age says so."""
-    snapshot, labels = draft.snapshot, draft.catalog.config.labels
-    for name, free in snapshot.free.items():
-        label = labels.get(name)
-        age = label.max_ready_age if label else 0
-        for node_id in sorted(free) if label is None or age or label.min_ready < 0 or retired else ():
-            node = snapshot.nodes[node_id]
-            expires = node.ready_at + micros(age)
-            if node.machine_id in retired:
-                draft.actions.append(DeleteNode(node_id, "the YAML has its machine no more"))
-            elif label is None:
-                draft.actions.append(DeleteNode(node_id, f"the configuration has no label {name} any more"))
-            elif label.min_ready < 0:
-                draft.actions.append(DeleteNode(node_id, f"label {name} is switched off (min-ready: -1)"))
-            elif age and expires <= draft.now:
-                draft.actions.append(DeleteNode(node_id, f"it was ready for longer than max-ready-age ({age:.0f} s)"))
-            elif age:
-                draft.again_at(expires)
+    guard.free_nodes(draft, retired)
 
 
 def _images(draft: Draft) -> None:
@@ -218,7 +200,7 @@ def _images(draft: Draft) -> None:
         trouble = draft.snapshot.image_trouble.get(image)
         if trouble is not None and trouble.failures:
             retry_at = trouble.last_failure + micros(BUILD_BACKOFF.seconds(len(trouble.failures)))
-            if retry_at > draft.now:
+            if trouble.last_failure <= draft.now < retry_at:
                 draft.again_at(retry_at)
                 continue
         draft.actions.append(RequestBuild(image, f"older than {recipe.rebuild_age:.0f} s" if ready else "missing"))
@@ -354,7 +336,7 @@ def _in_trouble(draft: Draft, label: str) -> bool:
         return False
     count = len(trouble.failures)
     retry_at = trouble.last_failure + micros(LABEL_BACKOFF.seconds(count))
-    if retry_at <= draft.now:
+    if not trouble.last_failure <= draft.now < retry_at:
         return False
     draft.again_at(retry_at)
     wait = seconds_between(draft.now, retry_at)

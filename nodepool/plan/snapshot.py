@@ -13,7 +13,8 @@ from typing import TypeVar
 
 from nodepool.errors import Code, Fault
 from nodepool.lifecycle import FINAL
-from nodepool.model import Build, BuildState, Machine, MachineState, Node, NodeState, Record, Request
+from nodepool.model import Build, BuildState, Machine, MachineState, Node, NodeState, Record, Request, Status
+from nodepool.plan.guard import FREEZE
 
 PoolKey = tuple[str, str]  # provider, pool
 _K = TypeVar("_K")
@@ -59,6 +60,8 @@ class Snapshot:
     building: Counter[str] = field(default_factory=Counter)  # label -> nodes being built
     label_trouble: dict[str, Trouble] = field(default_factory=dict)
     image_trouble: dict[str, Trouble] = field(default_factory=dict)
+    frozen: str = ""  # why nothing is to be given out or wiped until an operator has looked
+    let_go: str = ""  # the generation of the YAML that may lose any number of nodes at once
 
     @classmethod
     def of(cls, records: Iterable[Record]) -> Snapshot:
@@ -79,6 +82,8 @@ class Snapshot:
                 self._fold_request(record)
             elif isinstance(record, Build):
                 self._fold_build(record)
+            elif isinstance(record, Status) and record.id == FREEZE:
+                self.frozen, self.let_go = record.text, str(record.data.get("let_go", ""))
             else:
                 continue
             mattered = True

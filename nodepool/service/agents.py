@@ -76,8 +76,11 @@ class Desk:
             return None
         self._refresh()
         with self._lock:
-            machine = self._index.board.named(spec.name)
-            boot = self._index.board.boots.get(machine.id) if machine else None
+            board = self._index.board
+            machine = board.named(spec.name)
+            boot = board.boots.get(machine.id) if machine else None
+        if board.frozen:
+            return None  # its disk is safe, whoever uses the machine
         if machine is None or boot is None or boot.id != machine.boot_id or boot.state is not BootState.EXPECTED:
             return None
         return Expected(spec.name, boot.token)
@@ -141,10 +144,12 @@ class Desk:
         with self._lock:
             changes, whole = self._store.follow(self._feed, loading.board)
             index = self._index if whole else _Index()  # agents that are answered meanwhile see the whole old one
+            frozen = bool(self._index.board.frozen)
             for record in changes:
                 index.fold(record)
+            thawed = frozen and not index.board.frozen
             self._index = index
-            for record in changes:
+            for record in index.board.operations.values() if thawed else changes:
                 if isinstance(record, Operation) and record.by_agent and record.state is OperationState.PENDING:
                     self._work.add(record.boot_id or 0)
 
@@ -218,6 +223,8 @@ class Desk:
                 current = _report(tx, current, lines)
                 if current.state is OperationState.RUNNING:
                     return Reply(200, {"continue": "1"})
+        if self._index.board.frozen:
+            return Reply(200, {"wait": "0"})
         if current is not None and current.by_agent and current.state in _OPEN and current.boot_id == boot.id:
             return Reply(200, {"operation": str(current.id), "kind": current.kind, **_strings(current.params)})
         return Reply(200, {"wait": "0"})

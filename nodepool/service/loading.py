@@ -16,7 +16,9 @@ from nodepool.model import (
     Record,
     Request,
     RequestState,
+    Status,
 )
+from nodepool.plan.guard import FREEZE
 from nodepool.store import Tx
 from nodepool.store import tables as t
 
@@ -37,6 +39,7 @@ def snapshot(tx: Tx) -> list[Record]:
         *tx.select(Node, lately),
         *tx.select(Request, t.requests.c.state.in_(_OPEN_REQUESTS)),
         *tx.select(Build, or_(builds.state.not_in(_OVER), builds.finished_at > since)),
+        *tx.select(Status, t.status.c.id == FREEZE),
     ]
 
 
@@ -51,4 +54,5 @@ def board(tx: Tx) -> list[Record]:
         *tx.select(Operation, t.operations.c.id.in_(newest)),
         *tx.select(Request, t.requests.c.state == str(RequestState.PENDING)),
         *tx.select(Build, t.builds.c.state == str(BuildState.READY)),
+        *tx.select(Status, t.status.c.id == FREEZE),
     ]
