@@ -44,7 +44,7 @@ def command(node: dict[str, Any], words: list[str], identity: str = "") -> list[
         "UpdateHostKeys": "no",
         "ControlPath": "none",  # a connection that somebody else has opened has proven nothing to us
     }
-    keyed = identity or (node["identity"] if os.access(node["identity"], os.R_OK) else "")
+    keyed = identity or (node["login_key"] if os.access(node["login_key"], os.R_OK) else "")
     if keyed:
         options["IdentitiesOnly"] = "yes"
     return [

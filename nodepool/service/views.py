@@ -207,7 +207,7 @@ def node_in_full(tx: Tx, catalog: Catalog, record: Node) -> View:
     doing = _node_at(record, operations[-1] if operations else None, broken=stuck)
     provider = catalog.provider(record.provider)
     return node(record, tx.now, doing) | {
-        "identity": str(provider.ssh.key.absolute()) if provider else "",
+        "login_key": str(provider.ssh.key.absolute()) if provider else "",
         "trouble": _node_trouble(catalog, record, operations, doing, tx.now),
         "timeline": timeline.of_node(record, events, operations, tx.now),
         "ready_seconds": ready,

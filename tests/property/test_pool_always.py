@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from pool_story import Story, yaml_of
 
+from nodepool.clock import micros
 from nodepool.errors import Refused, UseCaseError
 from nodepool.lifecycle import FINAL, WAY_OUT
 from nodepool.model import (
@@ -24,7 +25,7 @@ from nodepool.model import (
     RequestState,
 )
 from nodepool.plan import Snapshot, plan
-from nodepool.service import loading
+from nodepool.service import loading, nodes
 
 PHASES = ["", "power-on", "agent", "erase", "write", "login", "authorize"]
 COUNTS_NOT = {NodeState.DELETED}
@@ -55,6 +56,8 @@ class Pool(RuleBasedStateMachine):
         story = self.story
         for machine in story.world.machines.values():
             machine.failing = ""
+        for held in story.nodes("hold"):
+            story.store.write(lambda tx, node_id=held.id: nodes.unhold(tx, node_id, "tester"))
         story.run(limit=3 * 3600)
         for _ in range(len(story.all(Request)) + 1):
             for request in story.all(Request):
@@ -96,6 +99,19 @@ class Pool(RuleBasedStateMachine):
         found = self.story.nodes("building", "ready", "in-use")
         if found:
             self.story.delete(found[which % len(found)].id)
+
+    @rule(which=st.integers(0, 5), seconds=st.sampled_from([0, 5, 600]))
+    def somebody_holds(self, which, seconds):
+        found = self.story.nodes("ready", "in-use", "used", "failed", "hold")
+        if found:
+            until = self.story.clock.now() + micros(seconds) if seconds else 0
+            self.story.store.write(lambda tx: nodes.hold(tx, found[which % len(found)].id, "tester", "why", until))
+
+    @rule(which=st.integers(0, 5))
+    def somebody_ends_a_hold(self, which):
+        found = self.story.nodes("hold")
+        if found:
+            self.story.store.write(lambda tx: nodes.unhold(tx, found[which % len(found)].id, "tester"))
 
     @rule(which=st.integers(0, 3), phase=st.sampled_from(PHASES))
     def a_machine_breaks_or_is_mended(self, which, phase):

@@ -4,7 +4,9 @@ import re
 import socket
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
+from time import tzset
 
 import pytest
 
@@ -46,10 +48,35 @@ def test_an_unknown_command_is_a_usage_error(capsys):
     assert "invalid choice: 'lst'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *LOCAL])
 def test_each_command_teaches_by_example(command, capsys):
     assert main([command, "--help"]) == 0
     assert f"  nodepool {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("1.5h", 5400), ("30m", 1800), ("2d", 172800)])
+def test_a_hold_takes_the_durations_of_the_yaml(text, seconds):
+    assert cli._until(text) == {"seconds": seconds}
+
+
+@pytest.mark.parametrize(
+    ("text", "time"),
+    [
+        ("2026-11-20T18:00Z", "2026-11-20T18:00:00+00:00"),
+        ("2026-11-20T18:00:30+01:00", "2026-11-20T17:00:30+00:00"),
+        ("2026-11-20T18:00", "2026-11-20T23:00:00+00:00"),
+        ("2026-11-20", "2026-11-20T05:00:00+00:00"),
+    ],
+)
+def test_a_hold_takes_times_of_any_zone_and_of_this_machines_when_none_is_said(text, time, monkeypatch):
+    monkeypatch.setenv("TZ", "EST5")
+    tzset()
+    try:
+        until = datetime.fromisoformat(cli._until(text)["until"])
+    finally:
+        monkeypatch.undo()
+        tzset()
+    assert until.astimezone(UTC).isoformat() == time
 
 
 def test_the_version_is_told(capsys):
@@ -67,6 +94,9 @@ def test_the_version_is_told(capsys):
         (["request", "small", "--wait", "-1"], "--wait"),
         (["request", "small", "--wait", "nan"], "'nan' is no number of seconds"),
         (["list", "--format", "xml"], "invalid choice: 'xml'"),
+        (["show", "--watch", "r1n1"], "'r1n1' is no number of seconds from 0.1 on (names go before --watch)"),
+        (["list", "--watch", "0"], "'0' is no number of seconds from 0.1 on"),
+        (["completion", "fish"], "invalid choice: 'fish'"),
         (["--url", "http://localhost:8080", "list"], "is no Unix socket: give a path or unix:///path"),
     ],
 )
