@@ -1,6 +1,6 @@
 """`make bench`: what the pool costs, each row with the command that measured it.  Figures rank only beside each other.
 
-usage: tests/bench/bench.py [ready|list|idle|power ...]     (all of them when none is named)
+usage: tests/bench/bench.py [ready|list|idle|power|simulated ...]     (all of them when none is named)
 """
 
 import argparse
@@ -114,13 +114,15 @@ def rss(pid):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="*", choices=["ready", "list", "idle", "power", []])
-    which = parser.parse_args().which or ["ready", "list", "idle", "power"]
+    parser.add_argument("which", nargs="*", choices=["ready", "list", "idle", "power", "simulated", []])
+    which = parser.parse_args().which or ["ready", "list", "idle", "power", "simulated"]
     print(f"{'what':44} {'measured':>22}   {'aim':24} measured by")
     if "ready" in which:
         bench_ready()
     if {"list", "idle"} & set(which):
         bench_list_and_idle(which)
+    if "simulated" in which:
+        subprocess.run([sys.executable, ROOT / "tests" / "bench" / "bench_simulated.py"], check=True)
     if "power" in which:
         print()
         subprocess.run([sys.executable, ROOT / "tests" / "bench" / "bench_power.py"], check=True)

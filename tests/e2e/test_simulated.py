@@ -159,3 +159,23 @@ def test_a_rack_says_what_it_cannot_do_and_leaves_nothing(lab):
     assert select.select([server], [], [], 0)[0], "the rack's process outlives it"
     os.close(server)
     assert not (lab.rack / "rack.json").exists()
+
+
+def test_the_demo_goes_the_whole_round_as_an_ordinary_user(tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "tools" / "demo_simulated.py",
+        "--once",
+        "--machines",
+        "3",
+        "--seconds",
+        "all=0.1",
+    ]
+    ordinary = ["unshare", "--user", "--map-user=1000", "--map-group=1000"] if os.geteuid() == 0 else []
+    if ordinary and subprocess.run([*ordinary, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("root cannot become an ordinary user here: user namespaces are switched off")
+    done = subprocess.run([*ordinary, *command], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "each by its proven host key" in done.stdout
+    assert "3 of them erased, written anew and READY" in done.stdout
+    assert not (tmp_path / "var" / "simulated" / "rack" / "rack.json").exists()
