@@ -1,4 +1,4 @@
-"""`make run`: a rack of one QEMU machine behind a real BMC, a daemon that brings it to READY, and a look around.
+"""`make run`: a rack of QEMU machines behind real BMCs, a daemon that brings them to READY, and a look around.
 
 Everything it makes is in var/ and in a network namespace of the rack's own; Ctrl-C takes down what runs and keeps what
 was built (the agent's ramdisk, the image, the database), so that a second run is quicker.
@@ -22,12 +22,15 @@ from typing import Any
 from nodepool.clock import age
 from nodepool.cmd.client import Client, CommandError
 
+sys.path.insert(0, str(Path(__file__).parent))  # as it is when this file is the program; the tests load it as a module
+from demo_round import Round, Trouble
+
 VAR = Path("var")
 BIN = Path(sys.executable).parent
 LABEL = "debian-12-metal"
 KERNEL = "linux-image-cloud-amd64"  # has what virtual machines need, and boots 5 s sooner than the one for all
-NEEDS_DISK = 4 << 30  # bytes: an image build and its caches
-NEEDS_MEMORY = 1800 << 20  # bytes: QEMU with its translation buffer, and diskimage-builder
+NEEDS_DISK = 2 << 30  # bytes: an image build and its caches; the rack counts its own disks
+NEEDS_MEMORY = (900 << 20, 900 << 20)  # bytes: diskimage-builder; each QEMU with its translation buffer
 LOG = VAR / "nodepoold.log"
 
 YAML = """\
@@ -61,7 +64,7 @@ providers:
       - name: main
         max-servers: {machines}
         labels:
-          - {{name: {label}, diskimage: debian-12, start: reboot}}
+          - {{name: {label}, diskimage: debian-12, start: auto}}
 """
 
 MACHINE = """\
@@ -74,20 +77,19 @@ MACHINE = """\
         accept: true"""
 
 
-class Trouble(Exception):
-    """The demo cannot go on: one sentence with the remedy."""
-
-
 def main() -> int:
     """Run it; gives the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--once", action="store_true", help="request the node, log in, tear down, print seconds, exit")
-    parser.add_argument("--machines", type=int, default=1, help="machines in the rack (default: 1)")
+    parser.add_argument("--once", action="store_true", help="the whole round (see demo_round.py), tear down, exit")
+    parser.add_argument(
+        "--machines", type=int, default=2, help="machines in the rack, BIOS and UEFI in turn (default: 2)"
+    )
     arguments = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
+    began = time.monotonic()
     try:
-        _check()
+        _check(arguments.machines)
         _agent()
         with _rack(arguments.machines) as rack:
             _write_yaml(rack, arguments.machines)
@@ -97,7 +99,10 @@ def main() -> int:
                 _forget(client)
                 _watch(client, daemon, arguments.machines)
                 if arguments.once:
-                    _once(client, rack)
+                    table = Round(client, rack, VAR, LABEL).go(
+                        lambda gone: _watch(client, daemon, arguments.machines, gone)
+                    )
+                    print(f"{table}\n  {age(time.monotonic() - began)} since the start, on {_host()}")
                 else:
                     _look_around(client, rack)
     except Trouble as trouble:
@@ -113,7 +118,7 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _check() -> None:
+def _check(machines: int) -> None:
     if os.geteuid():
         raise Trouble("network namespaces and taps need root: run it as `sudo make run`")
     VAR.mkdir(exist_ok=True)
@@ -124,8 +129,12 @@ def _check() -> None:
         )
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(meminfo["MemAvailable"].split()[0]) << 10
-    if available < NEEDS_MEMORY:
-        raise Trouble(f"{NEEDS_MEMORY >> 20} MiB of memory are needed, {available >> 20} MiB are free: end something")
+    needed = NEEDS_MEMORY[0] + machines * NEEDS_MEMORY[1]
+    if available < needed:
+        raise Trouble(
+            f"{needed >> 20} MiB of memory are needed for {machines} machine(s), {available >> 20} MiB are free: "
+            "end something, or take fewer: make run MACHINES=1"
+        )
     path = str((VAR / "nodepool.sock").resolve())
     if len(path) > 107:
         raise Trouble(f"{path} is too long for a Unix socket (107 bytes): clone into a shorter folder")
@@ -142,7 +151,8 @@ def _agent() -> None:
 @contextlib.contextmanager
 def _rack(machines: int) -> Iterator[dict[str, Any]]:
     rack = [BIN / "nodepool-rack"]
-    up = [*rack, "up", "--dir", VAR / "rack", "--machines", str(machines), "--kernel", VAR / "agent" / "vmlinuz"]
+    up = [*rack, "up", "--dir", VAR / "rack", "--machines", str(machines), "--firmware", "bios,uefi"]
+    up += ["--kernel", VAR / "agent" / "vmlinuz"]
     subprocess.run([*rack, "down", "--dir", VAR / "rack", "--keep-disks"], check=False, capture_output=True)
     print("the rack")
     done = subprocess.run(up, check=False)
@@ -218,18 +228,20 @@ def _answers(client: Client, daemon: subprocess.Popen[bytes]) -> None:
 
 def _forget(client: Client) -> None:
     """Nodes of an earlier run went with the disks of its rack: their machines are to be made ready anew."""
+    if client.get("/status").get("frozen"):
+        client.post("/thaw")  # whoever removed the database of an earlier run: nothing of it is in use
     for node in client.items("/nodes"):
         if node["state"] in {"ready", "in-use"}:
             client.delete(f"/nodes/{node['id']}")
 
 
-def _watch(client: Client, daemon: subprocess.Popen[bytes], wanted: int) -> None:
-    """Show what everything is at until the nodes are READY; a table on a terminal, lines elsewhere."""
+def _watch(client: Client, daemon: subprocess.Popen[bytes], wanted: int, gone: frozenset[str] = frozenset()) -> None:
+    """Show what everything is at until nodes that are not `gone` are READY; a table on a terminal, lines elsewhere."""
     began, shown, lines = time.monotonic(), "", 0
     while True:
         if daemon.poll() is not None:
             raise Trouble(f"nodepoold ended; the end of {LOG} says why:\n{_tail(LOG)}")
-        table, ready = _table(client)
+        table, ready = _table(client, gone)
         if sys.stdout.isatty():
             if lines:
                 print(f"\x1b[{lines}A\x1b[J", end="")
@@ -244,7 +256,7 @@ def _watch(client: Client, daemon: subprocess.Popen[bytes], wanted: int) -> None
         time.sleep(0.5)
 
 
-def _table(client: Client) -> tuple[str, int]:
+def _table(client: Client, gone: frozenset[str]) -> tuple[str, int]:
     builds = client.items("/builds")
     running = [build for build in builds if build["state"] in {"requested", "building", "testing"}]
     newest = [build for build in builds if build["state"] == "ready"][:1]
@@ -256,10 +268,17 @@ def _table(client: Client) -> tuple[str, int]:
         rows.append(f"machine {machine['name']:16} {machine['state']:12} {at}")
     ready = 0
     for node in client.items("/nodes"):
-        ready += node["state"] in {"ready", "in-use"}
+        ready += node["state"] in {"ready", "in-use"} and node["id"] not in gone
         rows.append(f"node    {node['id']:16} {node['state']:12} {node.get('at') or ''}")
     width = shutil.get_terminal_size((200, 24)).columns - 1  # a row that is broken in two could not be drawn over
     return "\n".join(row.rstrip()[:width] for row in rows), ready
+
+
+def _host() -> str:
+    """What the seconds were measured on."""
+    system = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
+    rack = json.loads((VAR / "rack" / "rack.json").read_text())
+    return f"{system['PRETTY_NAME'].strip(chr(34))}, {os.cpu_count()} cores, QEMU by {rack['accelerator']['name']}"
 
 
 def _tail(path: Path, lines: int = 15) -> str:
@@ -273,7 +292,7 @@ def _look_around(client: Client, rack: dict[str, Any]) -> None:
     inside = f"ip netns exec {rack['namespace']}"
     print(
         f"""
-The node is READY: nodepool has logged in to it.  Look around from another terminal, in this folder:
+READY is proven: nodepool has logged in.  Look around from another terminal, in this folder:
 
     {BIN}/nodepool list                    what there is
     {BIN}/nodepool show {node:18} where the time went
@@ -286,37 +305,6 @@ The node is READY: nodepool has logged in to it.  Look around from another termi
 Ctrl-C ends everything; nothing stays behind but what was built, in var/."""
     )
     signal.pause()
-
-
-def _once(client: Client, rack: dict[str, Any]) -> None:
-    """Request the node, log in with a key of one's own, run a command, give it back; then tell the seconds."""
-    key = VAR / "demo_ed25519"
-    if not key.exists():
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
-    public = key.with_suffix(".pub").read_text().strip()
-    wish = {"nodes": [{"label": LABEL, "count": 1}], "requestor": "make run", "ssh_keys": [public]}
-    request = client.post("/requests", wish)
-    while request["state"] in {"requested", "pending"}:
-        request = client.get(f"/requests/{request['id']}", wait=30)
-    if request["state"] != "fulfilled":
-        raise Trouble(f"the request is {request['state']}: {request}")
-    node = client.get(f"/nodes/{request['nodes'][0]['id']}")
-    known = VAR / "demo_known_hosts"
-    known.write_text(f"{node['address']} {node['host_key']}\n")
-    ssh = ["ip", "netns", "exec", rack["namespace"], "ssh", "-i", key, "-o", f"UserKnownHostsFile={known}"]
-    options = ["-o", "StrictHostKeyChecking=yes", "-o", "BatchMode=yes", "-o", "LogLevel=ERROR"]
-    command = 'echo "logged in to $(hostname) as $(id -un): $(. /etc/os-release; echo $PRETTY_NAME), $(uname -r)"'
-    done = subprocess.run([*ssh, *options, f"{node['username']}@{node['address']}", command], check=False)
-    if done.returncode:
-        raise Trouble("the login to the node that was handed out failed (see above)")
-    print(f"\nnode {node['id']} on {node['machine']}, seconds per phase:")
-    total = 0.0
-    for phase in node["timeline"]:
-        if phase["state"] == "building" or phase["phase"] == "authorize":
-            total += phase["seconds"]
-            print(f"  {phase['phase']:12} {phase['seconds']:8.1f}")
-    print(f"  {'':12} {total:8.1f}  from the decision to READY and handed over")
-    client.post(f"/requests/{request['id']}/release")
 
 
 if __name__ == "__main__":
