@@ -180,6 +180,7 @@ class Service:
             "started": rfc3339(self._started),
             "generation": config.generation,
             "problems": list(self._file.problems),
+            "database": self._store.trouble,
             "held_back": list(self._daemon.planner.alarms),
             "office": {"scope": self._office.scope, "epoch": self._office.epoch},
             "loops": {name: getattr(loop, "sentence", "") for name, loop in self._daemon.loops.items()},

@@ -107,7 +107,7 @@ class Launcher:
             while self._write_results() or self._start(now):
                 self._fold()
         except StoreUnavailable as error:
-            log.warning("%s; trying again, nothing is lost", error)
+            log.debug("%s", error)  # the store has said it
             self._last_pass = 0  # agents cannot report while nothing can be written: that time is charged to nobody
             return now + SECOND
         next_at = self._heap[0][0] if self._heap and self._executor.free() > 0 else 0  # a result wakes us

@@ -52,7 +52,7 @@ class Planner:
         try:
             self._work(now)
         except StoreUnavailable as error:
-            log.warning("%s; trying again, nothing is lost", error)
+            log.debug("%s", error)  # the store has said it
             self._feed.lose()
             return now + SECOND
         if self._metrics.gauges_every and now >= self._gauges_at:

@@ -67,7 +67,7 @@ class LoopThread:
                 self._lost_office()
                 return
             except StoreUnavailable as error:
-                log.warning("%s: %s; trying again, nothing is lost", self.name, error)
+                log.debug("%s: %s", self.name, error)  # the store has said it
                 next_at = self._clock.now() + SECOND
             except Exception:
                 log.exception("%s: unexpected; going on in 5 s", self.name)

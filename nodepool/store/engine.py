@@ -18,7 +18,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from nodepool.clock import Clock
+from nodepool.clock import Clock, micros
 from nodepool.errors import ConfigError, Conflict, StoreUnavailable
 from nodepool.model import Event, Record
 from nodepool.store.transaction import Office, Tx
@@ -28,6 +28,9 @@ events_log = logging.getLogger("nodepool.events")
 
 T = TypeVar("T")
 PATIENCE = 10.0  # seconds that a transaction waits for a locked database before it gives up
+READ_PATIENCE = 60  # seconds until a server that says nothing is taken for gone; longer than it waits for a lock
+QUIET = 10.0  # seconds without trouble after which it is over
+_FULL = ("disk is full", "Disk full", "No space left")
 _DEADLOCK = (1205, 1213)  # MariaDB: lock wait time-out, deadlock found; the whole transaction may be tried again
 
 
@@ -72,6 +75,8 @@ class Store:
         self.clock = clock
         self.wake: list[Callable[[], None]] = []  # called after each commit that changed something; they take no data
         self.path = path
+        self.trouble = ""  # why nothing can be written; told once, and when it is over
+        self._lamented = 0
         self._inode = _inode(path)
         self._closed = False
         self._lock = threading.RLock()
@@ -101,7 +106,12 @@ class Store:
         any more, StoreUnavailable when the database stays locked for PATIENCE seconds or is gone.
         """
         with self._lock:
-            tx, result = self._patiently(lambda: self._attempt(use_case, office))
+            try:
+                tx, result = self._patiently(lambda: self._attempt(use_case, office))
+            except StoreUnavailable as error:
+                self._lament(str(error))
+                raise
+            self._lament("")
             if tx.changes:
                 for feed in self._feeds:
                     feed.push(tx.changes)
@@ -111,6 +121,22 @@ class Store:
             for wake in self.wake:
                 wake()
         return result
+
+    def _lament(self, trouble: str) -> None:
+        """Say once why nothing can be written, and that it can again: a full disk would otherwise fill the log.
+
+        There may be room for a small change while there is none for a large one.
+        """
+        now = self.clock.now()
+        if trouble:
+            self._lamented = now
+            if not self.trouble:
+                log.error("%s; it is tried again, nothing is lost", trouble)
+        elif not self.trouble or 0 <= now - self._lamented < micros(QUIET):
+            return
+        else:
+            log.warning("the database can be written again")
+        self.trouble = trouble
 
     def read(self, query: Callable[[Tx], T]) -> T:
         """Run `query` in one transaction that writes nothing."""
@@ -182,7 +208,8 @@ def _tell(told: Event) -> None:
 
 
 def _plain(error: DBAPIError) -> str:
-    return str(error.orig or error).splitlines()[0]
+    sentence = str(error.orig or error).splitlines()[0]
+    return f"{sentence}; make room where the database is" if any(word in sentence for word in _FULL) else sentence
 
 
 def _worth_waiting(error: DBAPIError) -> float | None:
@@ -225,7 +252,14 @@ def open_store(url: str, clock: Clock, *, migrate: bool = True) -> Store:
         engine = create_engine(parsed, connect_args={"timeout": 0.1, "check_same_thread": False})
         event.listen(engine, "connect", _prepare_sqlite)
     else:
-        engine = create_engine(parsed, isolation_level="READ COMMITTED", pool_pre_ping=True, pool_recycle=3600)
+        patience = {"connect_timeout": int(PATIENCE), "read_timeout": READ_PATIENCE, "write_timeout": READ_PATIENCE}
+        engine = create_engine(
+            parsed,
+            isolation_level="READ COMMITTED",
+            pool_pre_ping=True,
+            pool_recycle=3600,
+            connect_args=patience if parsed.get_driver_name() == "pymysql" else {},
+        )
     try:
         if migrate:
             from nodepool.store.migrations import upgrade

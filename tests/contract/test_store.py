@@ -238,6 +238,33 @@ def test_a_database_that_stays_locked_is_unavailable_in_one_sentence(store, tmp_
     other.close()
 
 
+def told(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname in {"ERROR", "WARNING"}]
+
+
+@on_sqlite
+def test_a_full_disk_is_said_once_with_its_remedy_and_when_there_is_room_all_goes_on(store, caplog):
+    store.write(lambda tx: tx.add(machine()))
+    with store.engine.connect() as connection:
+        full = connection.exec_driver_sql("PRAGMA page_count").scalar()
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {full}")
+    big = [machine(f"m{number}", failure="x" * 1000) for number in range(20)]
+    for _ in range(3):
+        with pytest.raises(StoreUnavailable, match="disk is full; make room"):
+            store.write(lambda tx: [tx.add(one) for one in big])
+    assert len(store.read(lambda tx: tx.select(m.Machine))) == 1
+    assert "disk is full" in store.trouble
+    with store.engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA max_page_count = 1000000")
+    store.clock.advance(engine.QUIET)
+    store.write(lambda tx: [tx.add(one) for one in big])
+    assert store.trouble == ""
+    assert [" ".join(sentence.split()[:4]) for sentence in told(caplog)] == [
+        "the database refused: database",
+        "the database can be",
+    ]
+
+
 @on_sqlite
 def test_a_database_file_that_is_taken_away_is_noticed_and_when_it_is_back_nothing_is_lost(store, tmp_path):
     path = tmp_path / "nodepool.db"

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import mariadb
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
@@ -34,9 +35,9 @@ class Home:
         assert old in text
         self.yaml.write_text(text.replace(old, new))
 
-    def start(self, *more):
+    def start(self, *more, within=()):
         with self.log.open("ab") as log:
-            command = [BIN / "nodepoold", "-d", "-c", "tools/fake.yaml", *more]
+            command = [*within, BIN / "nodepoold", "-d", "-c", "tools/fake.yaml", *more]
             self.daemon = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log)
         self.until(lambda: self.cli("status").returncode == 0)
 
@@ -116,6 +117,78 @@ def test_a_second_daemon_on_the_same_database_is_refused_with_a_sentence(home):
     assert second.returncode == 1
     assert "another nodepoold already runs" in second.stderr
     assert "Traceback" not in second.stderr
+
+
+def test_on_mariadb_it_is_ready_outlives_a_kill_and_a_second_daemon_is_refused(home):
+    with mariadb.running() as database:
+        home.edit("sqlite:///var/fake/nodepool.db", database())
+        home.start()
+        home.until(lambda: any(node["state"] == "building" for node in home.items("list")))
+        home.end(signal.SIGKILL)
+        home.start()
+        home.until(home.ready(3), seconds=60)
+        second = subprocess.run(
+            [BIN / "nodepoold", "-d", "-c", "tools/fake.yaml"],
+            cwd=home.folder, capture_output=True, text=True, check=False, timeout=20,
+        )  # fmt: skip
+        assert second.returncode == 1
+        assert "another nodepoold already runs" in second.stderr
+        done = home.cli("request", "fake-small=2", "--wait", "30", "--format", "json")
+        assert done.returncode == 0, done.stderr
+        assert home.cli("release", "--request", json.loads(done.stdout)["id"]).returncode == 0
+        home.until(home.ready(3))
+        assert home.end() == 0
+
+
+def test_a_mariadb_that_goes_away_is_waited_for(home):
+    with mariadb.running() as database:
+        home.edit("sqlite:///var/fake/nodepool.db", database())
+        home.start()
+        home.until(home.ready(3))
+        database.stop()
+        assert home.cli("request", "fake-small").returncode == 1
+        assert home.log.read_text().count("the database does not answer") == 1
+        database.start()
+        home.until(lambda: home.cli("request", "fake-small", "--wait", "30").returncode == 0, seconds=60)
+        assert home.end() == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system in a namespace of its own")
+def test_a_full_disk_is_told_and_when_there_is_room_again_nothing_is_lost(home):
+    small = home.folder / "small"
+    small.mkdir()
+    home.edit("sqlite:///var/fake/nodepool.db", f"sqlite:///{small}/nodepool.db")
+    mount = f'mount -t tmpfs -o size=3m none {small} && exec "$@"'
+    home.start(within=["unshare", "--mount", "--propagation", "private", "sh", "-c", mount, "sh"])
+    home.until(home.ready(3))
+    inside = ["nsenter", "--mount", "--target", str(home.daemon.pid), "sh", "-c"]
+    subprocess.run([*inside, f"cat /dev/zero > {small}/filler"], check=False, capture_output=True)
+    home.until(lambda: home.cli("request", "fake-small").returncode == 1)
+    assert "full" in home.cli("status").stdout
+    assert home.log.read_text().count("make room where the database is") == 1
+    subprocess.run([*inside, f"rm {small}/filler"], check=True)
+    assert home.cli("request", "fake-small=2", "--wait", "30").returncode == 0
+    assert home.end() == 0
+
+
+def test_a_database_restored_from_an_old_copy_is_frozen_until_thawed(home):
+    home.start()
+    home.until(home.ready(3))
+    assert home.end() == 0
+    database = home.folder / "var/fake/nodepool.db"
+    copy = database.read_bytes()
+    home.start()
+    assert home.cli("request", "fake-small=2", "--wait", "30").returncode == 0
+    marks = list((home.folder / "var/fake/images").glob("database-*.mark"))
+    first = marks[0].read_text()
+    home.until(lambda: marks[0].read_text() != first or home.cli("delete", "3").returncode)
+    assert home.end() == 0
+    database.write_bytes(copy)
+    home.start()
+    assert "frozen: the database is older than it was" in home.cli("status").stdout
+    assert home.cli("request", "fake-small", "--wait", "2").returncode == 1
+    assert home.cli("thaw").returncode == 0
+    assert home.cli("request", "fake-small", "--wait", "30").returncode == 0
 
 
 def test_a_request_is_filled_released_and_the_pool_full_again(home):
