@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -123,10 +124,10 @@ def test_twenty_machines_are_ready_five_are_given_out_and_made_ready_anew(lab, t
 
 
 def test_killed_in_every_phase_the_daemon_goes_on_to_the_same_end(lab):
-    lab.up(4, "all=1.0")
-    for phase in ("firmware", "ramdisk", "agent: erase", "agent: write", "agent: configure", "start", "system"):
+    lab.up(4, "all=1.0,system=4")  # the last ones go by without a daemon: it must be back in time to be killed in them
+    for phase in ("firmware", "ramdisk", "agent: erase", "agent: write", "agent: configure", "agent: start", "system"):
         lab.start()
-        lab.until(lambda phase=phase: any(lines and lines[-1].endswith(phase) for lines in lab.consoles().values()))
+        lab.until(lambda said=f": {phase}": any(line.endswith(said) for line in chain(*lab.consoles().values())))
         lab.end(signal.SIGKILL)
     lab.start()
     lab.until(lambda: len(lab.ready()) == 4)
@@ -144,6 +145,32 @@ def test_a_machine_that_is_told_to_fail_is_broken_with_phase_and_reason_and_good
     assert "disk-erase" in shown
     assert rack("fault", "--dir", lab.rack, "n1", "--clear").returncode == 0
     lab.until(lambda: len(lab.ready()) == 2)
+
+
+FAILURES = {  # the phase that is told to fail: the step at which the daemon finds out, and the code
+    "firmware": ("agent", "boot-silent"),
+    "ramdisk": ("agent", "boot-silent"),
+    "erase": ("erase", "disk-erase"),
+    "write": ("write", "disk-write"),
+    "configure": ("configure", "agent-error"),
+    "start": ("start", "agent-error"),
+    "system": ("login", "login-silent"),
+}
+
+
+def test_each_phase_can_be_told_to_fail_and_the_one_good_machine_is_ready(lab):
+    lab.up(len(FAILURES) + 1, "all=0.1", launch_retries=1, strikes=1, boot_timeout=6)
+    names = {phase: f"n{number}" for number, phase in enumerate(FAILURES, 1)}
+    for phase, name in names.items():
+        assert rack("fault", "--dir", lab.rack, name, f"fail={phase}").returncode == 0
+
+    def found():
+        troubles = {machine["name"]: machine["trouble"] for machine in lab.items("machine-list")}
+        return {name: (trouble["phase"], trouble["code"]) for name, trouble in troubles.items() if trouble}
+
+    lab.start()
+    lab.until(lambda: found() == {names[phase]: failure for phase, failure in FAILURES.items()})
+    assert [node["machine"] for node in lab.ready().values()] == [f"n{len(names) + 1}"]
 
 
 def test_a_rack_says_what_it_cannot_do_and_leaves_nothing(lab):
