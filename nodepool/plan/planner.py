@@ -70,11 +70,15 @@ class Draft:
             self.next_at = when
 
     def free_nodes(self, label: str) -> list[int]:
-        """READY nodes that nobody was promised, oldest first, less those that this plan has given or deletes."""
+        """READY nodes that nobody was promised, oldest first, less those that this plan has given or deletes.
+
+        Nor those whose machine the YAML has no more: they may be held back (guard), and nobody could log in there.
+        """
         if label not in self._free:
             nodes = self.snapshot.nodes
             going = {action.node_id for action in self.actions if isinstance(action, DeleteNode)}
-            ids = [i for i in self.snapshot.free.get(label, ()) if i not in going]
+            free = self.snapshot.free.get(label, ())
+            ids = [i for i in free if i not in going and nodes[i].machine in self.catalog.machines]
             self._free[label] = sorted(ids, key=lambda i: (nodes[i].ready_at, i))
         return self._free[label]
 

@@ -132,11 +132,17 @@ def test_a_yaml_that_loses_most_of_the_machines_costs_no_node_until_somebody_let
     story.reload(yaml_of(machines=2, min_ready=2, max_servers=2))
     story.run(limit=HOUR)
     assert len(story.nodes("ready")) == 8
+    for _ in range(3):
+        story.request(1, ssh_keys=("ssh-ed25519 AAAAuser me",))
+    story.run(limit=HOUR)
+    assert len(story.nodes("in-use")) == 2, "those that are held back are given to nobody"
+    assert len(story.nodes("ready")) == 6
     told = "pool lab/main would lose 6 of its 8 nodes at once, because the YAML has their machines no more"
     assert told in nodepool(story, "status")
     assert told in nodepool(story, "explain", "small")
     nodepool(story, "thaw")
-    assert story.run(story.ready(2), limit=60)
+    assert story.run(story.ready(0), limit=60)
+    assert len(story.nodes("in-use")) == 2
     assert story.daemon.planner.alarms == ()
 
 
