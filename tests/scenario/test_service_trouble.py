@@ -14,7 +14,7 @@ from nodepool.api.server import ApiServer
 from nodepool.clock import SECOND
 from nodepool.cmd.cli import main
 from nodepool.errors import StoreUnavailable
-from nodepool.model import Event, Machine, Operation, OperationState
+from nodepool.model import Boot, BootState, Event, Machine, Operation, OperationState
 from nodepool.service import freezing
 from nodepool.store import tables as t
 
@@ -100,6 +100,26 @@ def test_a_back_off_is_over_after_an_hour_away(tell):
     story.write(yaml_of(machines=1, max_servers=1))
     story.start()
     assert story.run(story.ready(1), limit=120)
+
+
+def test_a_machine_that_was_switched_on_and_met_nobody_is_switched_on_again_and_not_charged(tell):
+    story = tell(machines=1, max_servers=1, delay=5)
+    assert story.run(lambda: any(boot.state is BootState.EXPECTED for boot in story.all(Boot)))
+    story.die()
+    story.world._events.clear()  # it asked for its boot script while nobody was there
+    story.clock.advance(HOUR)
+    story.start()
+    assert story.run(story.ready(1), limit=120)
+    assert story.all(Event, t.events.c.type == "attempt-failed") == []
+    assert len(story.all(Boot)) == 2
+
+
+def test_a_machine_that_boots_while_the_daemon_is_restarted_is_not_switched_off_again(tell):
+    story = tell(machines=1, max_servers=1, delay=5)
+    assert story.run(lambda: any(boot.state is BootState.EXPECTED for boot in story.all(Boot)))
+    story.restart()
+    assert story.run(story.ready(1), limit=120)
+    assert len(story.all(Boot)) == 1
 
 
 # -- nodes that are too old --
@@ -231,7 +251,7 @@ def test_a_machine_that_boots_while_nodepool_is_frozen_boots_its_disk(tell):
     assert story.desk.expected_boot(mac) is not None
 
 
-@pytest.mark.parametrize("seconds", [0.5, 3, 6, 9, 12])
+@pytest.mark.parametrize("seconds", [0.5, 1, 3, 6, 9, 12])
 def test_frozen_in_the_middle_of_the_work_nobody_is_charged_for_the_time(tell, seconds):
     story = tell(machines=2, min_ready=2, max_servers=2, delay=2)
     story.run(limit=seconds)
@@ -307,6 +327,15 @@ def test_a_clock_that_jumps_costs_nobody_anything(tell, hours, after):
     jump(story, hours * HOUR)
     assert story.run(lambda: story.state_of(request) == "fulfilled", limit=60)
     assert nodes >= {node.id for node in story.nodes_of(request)}
+
+
+@pytest.mark.parametrize("after", [3, 12, 25])
+def test_a_clock_that_is_set_forward_under_a_running_daemon_costs_nobody_anything(tell, after):
+    story = tell(machines=4, min_ready=3, max_servers=4, max_ready_age=2 * HOUR, delay=5)
+    story.run(limit=after)
+    story.clock.advance(HOUR)
+    assert story.run(story.ready(3), limit=300)
+    assert story.all(Event, t.events.c.type == "attempt-failed") == []
 
 
 def test_a_clock_set_back_puts_off_no_second_try(tell):
