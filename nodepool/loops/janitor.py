@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from sqlalchemy import select
+
 from nodepool.clock import SECOND, micros
 from nodepool.errors import StoreUnavailable
-from nodepool.model import Boot, BootState, Event, Operation
+from nodepool.lifecycle import FINAL
+from nodepool.model import Boot, BootState, Event, Node, NodeState, Operation, Request, RequestNode
 from nodepool.plan import Catalog
+from nodepool.service.loading import MEMORY
 from nodepool.store import Office, Store, Tx
 from nodepool.store import tables as t
 
@@ -38,7 +42,7 @@ class Janitor:
             log.warning("%s; sweeping later", error)
             self._again_at = now + 60 * SECOND
             return self._again_at
-        self.sentence = f"{gone} old events, boots and operations forgotten"
+        self.sentence = f"{gone} old events, boots, operations, requests and nodes forgotten"
         self._again_at = now + micros(EVERY)
         return self._again_at
 
@@ -51,4 +55,15 @@ class Janitor:
             tx.remove(Event, t.events.c.time < before, t.events.c.id < kept)
             + tx.remove(Operation, t.operations.c.finished_at > 0, t.operations.c.finished_at < before)
             + tx.remove(Boot, t.boots.c.state.in_(over), t.boots.c.ended_at > 0, t.boots.c.ended_at < before)
+            + _forget_lives(tx, before)
         )
+
+
+def _forget_lives(tx: Tx, before: int) -> int:
+    """Remove requests that are over, and nodes that are gone and that no request names which is still known."""
+    requests, nodes, places = t.requests.c, t.nodes.c, t.request_nodes.c
+    over = (requests.state.in_([str(state) for state in FINAL["request"]]), requests.since < before)
+    tx.remove(RequestNode, places.request_id.in_(select(requests.id).where(*over)))
+    remembered = min(before, tx.now - micros(MEMORY))  # the planner counts on failures of the last hours
+    gone = (nodes.state == str(NodeState.DELETED), nodes.since < remembered)
+    return tx.remove(Request, *over) + tx.remove(Node, *gone, nodes.id.not_in(select(places.node_id)))
