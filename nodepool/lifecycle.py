@@ -107,6 +107,7 @@ MACHINE: Mapping[tuple[StrEnum, StrEnum], StrEnum] = {
     (M.CLEANING, MachineEvent.CLEANED): M.AVAILABLE,
     (M.CLEANING, MachineEvent.BREAK): M.BROKEN,
     (M.AVAILABLE, MachineEvent.OCCUPY): M.OCCUPIED,
+    (M.AVAILABLE, MachineEvent.BREAK): M.BROKEN,
     (M.OCCUPIED, MachineEvent.VACATE): M.CLEANING,
     (M.OCCUPIED, MachineEvent.REPORTED): M.INSPECTING,
     (M.OCCUPIED, MachineEvent.BREAK): M.BROKEN,

@@ -31,6 +31,8 @@ OPTIONAL = {
     "launch-retries": whole(1, 100),
     "strikes": whole(1, 1000),
     "retry-broken": rules.some_duration,
+    "park-for": rules.duration,
+    "park-max": whole(0, 100_000),
 }
 
 

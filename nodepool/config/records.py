@@ -133,6 +133,8 @@ class Provider:
     launch_retries: int = 3  # attempts at one node before it is failed
     strikes: int = 3  # failures of a machine before it is broken
     retry_broken: float = 3600.0  # seconds until a broken machine is inspected again
+    park_for: float = 900.0  # seconds that an available machine's agent waits, warm, before it is switched off
+    park_max: int | None = None  # machines of one rack that may wait warm at once; None: all of them
     fake: FakeSettings = FakeSettings()
 
 

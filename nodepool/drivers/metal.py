@@ -42,6 +42,14 @@ def power_off(ctx: Context) -> Outcome:
     return Wait(ctx.ports.pace, "told to power off; it still reads on", power="on")
 
 
+def switch_off(ctx: Context) -> Outcome:
+    """Off until it reads off; the agent that waited is gone."""
+    if not ctx.ports.power.power(ctx.bmc):
+        return Done(power="off", end_boot=True)
+    ctx.ports.power.set_power(ctx.bmc, on=False)
+    return Wait(ctx.ports.pace, "told to power off; it still reads on", power="on")
+
+
 def power_on(ctx: Context) -> Outcome:
     """On, from the network this once, until it reads on."""
     if ctx.ports.power.power(ctx.bmc):
@@ -252,6 +260,7 @@ JOBS: Jobs = {
         Step("check", check, 60, Code.DISK_MISSING),
     ),
     MachineState.CLEANING: (_OFF, _ON, _AGENT, Step("erase", agents_work, 120, Code.AGENT_SILENT, erase_order)),
+    MachineState.AVAILABLE: (Step("switch-off", switch_off, 60, Code.POWER_STUCK),),
     NodeState.BUILDING: (
         _OFF,
         _ON,

@@ -18,6 +18,7 @@ from nodepool.drivers.step import Context, Done, Step, Wait, model_of
 from nodepool.errors import Code, Fault, Permanent, StepError, Temporary
 from nodepool.lifecycle import Backoff, MachineEvent, NodeEvent
 from nodepool.model import (
+    IDLE,
     Boot,
     BootState,
     Build,
@@ -56,7 +57,7 @@ class Item:
     @property
     def subject(self) -> Machine | Node:
         """The row that carries the job's Work."""
-        if self.job in {MachineState.INSPECTING, MachineState.CLEANING}:
+        if self.job in {MachineState.INSPECTING, MachineState.CLEANING, MachineState.AVAILABLE}:
             return self.machine
         assert self.node is not None
         return self.node
@@ -158,7 +159,9 @@ def done(tx: Tx, item: Item, answer: Done) -> None:
         if item.boot is not None and item.boot.state in {BootState.EXPECTED, BootState.UP}:
             tx.put(replace(item.boot, state=BootState.ENDED, ended_at=tx.now))
         boot = _mint(tx, machine) if answer.mint else None
-        machine = replace(machine, boot_id=boot.id if boot else None, power_wanted="on")
+        machine = replace(
+            machine, boot_id=boot.id if boot else None, power_wanted="on" if boot else machine.power_wanted
+        )
     node = replace(item.node, **answer.node) if item.node is not None and answer.node else item.node
     if machine is not item.machine:
         machine = tx.put(machine)
@@ -255,6 +258,8 @@ def _finish(tx: Tx, item: Item) -> None:
         move(tx, machine, MachineEvent.INSPECTED, _facts_in_short(machine), node_id=None, **cleared)
     elif item.job == MachineState.CLEANING:
         move(tx, machine, MachineEvent.CLEANED, "no old byte can be read from its disks")
+    elif item.job == MachineState.AVAILABLE:
+        tx.put(replace(machine, work=IDLE))
     else:
         assert node is not None
         requests.authorized(tx, node)

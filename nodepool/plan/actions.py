@@ -39,6 +39,14 @@ class Accept:
 
 
 @dataclass(frozen=True, slots=True)
+class SwitchOff:
+    """Switch an available machine off: its agent has waited long enough."""
+
+    machine_id: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class CreateNode:
     """Build a node of a label on an available machine."""
 
@@ -112,6 +120,7 @@ Action = (
     | Inspect
     | Accept
     | CreateNode
+    | SwitchOff
     | DeleteNode
     | EndHold
     | Abandon

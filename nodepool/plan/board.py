@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nodepool.model import (
+    IDLE,
     Boot,
     Build,
     BuildState,
@@ -94,6 +95,8 @@ class Board:
         """What is to be done on a machine now: the state that the job belongs to, or nothing ("")."""
         if machine.state in {MachineState.INSPECTING, MachineState.CLEANING}:
             return str(machine.state)
+        if machine.state is MachineState.AVAILABLE and machine.work != IDLE:
+            return str(machine.state)  # it is being switched off
         node = self.node_of(machine)
         if machine.state is not MachineState.OCCUPIED or node is None:
             return ""

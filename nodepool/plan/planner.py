@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from nodepool.clock import micros, seconds_between
 from nodepool.config.records import Pool
 from nodepool.lifecycle import Backoff
-from nodepool.model import Build, BuildState, MachineState, NodeState, RequestState
-from nodepool.plan import guard
+from nodepool.model import IDLE, Build, BuildState, MachineState, NodeState, RequestState
+from nodepool.plan import guard, parking
 from nodepool.plan.actions import (
     Abandon,
     Accept,
@@ -92,7 +92,8 @@ class Draft:
             for machine_id in self.snapshot.machines_in[MachineState.AVAILABLE]:
                 machine = self.snapshot.machines[machine_id]
                 pool = self.catalog.pool_of.get(machine.name)
-                if pool is not None and machine.accepted and not machine.retired and not machine.maintenance:
+                free = machine.work == IDLE and not machine.retired and not machine.maintenance
+                if pool is not None and machine.accepted and free:
                     self._available.setdefault((pool.provider, pool.name), []).append(machine_id)
             for ids in self._available.values():
                 ids.sort(key=lambda i: (self.snapshot.machines[i].since, self.snapshot.machines[i].name))
@@ -128,6 +129,7 @@ def plan(catalog: Catalog, snapshot: Snapshot, now: int) -> Plan:
         _images(draft)
         missing = _requests(draft)
         _capacity(draft, missing)
+        parking.switch_off(draft, {action.machine_id for action in draft.actions if isinstance(action, CreateNode)})
     reasons = {label: tuple(said) for label, said in draft.reasons.items()}
     return Plan(tuple(draft.actions), reasons, draft.next_at, tuple(draft.alarms))
 

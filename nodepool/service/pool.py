@@ -10,6 +10,7 @@ from typing import Any
 from nodepool.errors import Conflict, IllegalTransition, NotFound
 from nodepool.lifecycle import BuildEvent, MachineEvent, NodeEvent, RequestEvent
 from nodepool.model import (
+    IDLE,
     Build,
     BuildState,
     Machine,
@@ -93,9 +94,23 @@ def _accept(tx: Tx, _catalog: Catalog, action: a.Accept) -> None:
     move(tx, machine, MachineEvent.ACCEPT, why, work=started(tx.now))
 
 
+def _switch_off(tx: Tx, _catalog: Catalog, action: a.SwitchOff) -> None:
+    machine = _current(tx, action.machine_id, MachineState.AVAILABLE)
+    if machine.work != IDLE:
+        raise Conflict(f"{machine.name} is being switched off already")
+    machine = tx.put(replace(machine, power_wanted="off", work=started(tx.now)))
+    note(tx, machine, "switch-off", action.why)
+
+
 def _create_node(tx: Tx, catalog: Catalog, action: a.CreateNode) -> None:
     machine = _current(tx, action.machine_id, MachineState.AVAILABLE)
-    if machine.node_id is not None or machine.maintenance or machine.retired or not machine.accepted:
+    if (
+        machine.work != IDLE
+        or machine.node_id is not None
+        or machine.maintenance
+        or machine.retired
+        or not machine.accepted
+    ):
         raise Conflict(f"{machine.name} is not to be used now")
     spec = catalog.machines[machine.name]
     provider = catalog.config.providers[action.provider]
@@ -199,6 +214,7 @@ _APPLY: dict[type, Callable[[Tx, Catalog, Any], None]] = {
     a.Inspect: _inspect,
     a.Accept: _accept,
     a.CreateNode: _create_node,
+    a.SwitchOff: _switch_off,
     a.DeleteNode: _delete_node,
     a.EndHold: _end_hold,
     a.Abandon: _abandon,

@@ -187,7 +187,7 @@ def test_a_machine_that_leaves_the_yaml_is_retired_after_its_use(tell):
 def test_an_idle_pool_does_nothing(tell):
     story = tell()
     story.run(story.ready(1))
-    story.run(limit=60)
+    story.run(limit=1000)  # by then the machines that nobody wants are switched off
     versions = [(machine.name, machine.version) for machine in story.all(Machine)]
     story.run(limit=1800)
     assert [(machine.name, machine.version) for machine in story.all(Machine)] == versions
@@ -230,3 +230,46 @@ def test_a_label_that_says_reboot_is_never_started_by_kexec(tell):
     story.run(story.ready(1))
     assert recycle(story)
     assert started(story) == ["reboot"]
+
+
+def test_an_available_machine_waits_warm_and_is_switched_off_when_nobody_wants_it(tell):
+    story = tell(machines=1, min_ready=0, max_servers=1)
+    assert story.run(lambda: story.states() == {"lab-01": "available"})
+    story.run(limit=600)
+    assert story.world.machines["lab-01"].on
+    story.run(limit=600)
+    assert not story.world.machines["lab-01"].on
+    assert (story.machine("lab-01").power_observed, story.states()["lab-01"]) == ("off", "available")
+
+
+def test_of_a_rack_only_so_many_machines_wait_warm(tell):
+    story = tell(machines=4, min_ready=0, max_servers=4)
+    story.reload(story.path.read_text().replace("    pools:", "    park-max: 1\n    pools:"))
+    story.run(lambda: set(story.states().values()) == {"available"})
+    story.run(limit=120)
+    assert [machine.on for machine in story.world.machines.values()].count(True) == 1
+
+
+def test_a_parked_machine_saves_a_self_test_and_one_that_was_switched_off_does_not(tell):
+    story = tell(machines=1, min_ready=0, max_servers=1)
+    story.run(lambda: story.states() == {"lab-01": "available"})
+    machine = story.world.machines["lab-01"]
+    assert machine.firmware_boots == 1
+    wants = story.request()
+    assert story.run(lambda: story.state_of(wants) == "fulfilled")
+    assert machine.firmware_boots == 2  # only the first start of the build, by firmware
+    story.release(wants)
+    story.run(limit=2000)
+    assert not machine.on
+    before = machine.firmware_boots
+    wants = story.request()
+    assert story.run(lambda: story.state_of(wants) == "fulfilled")
+    assert machine.firmware_boots == before + 1
+
+
+def test_a_bmc_that_does_not_switch_off_what_waited_is_a_broken_machine(tell):
+    story = tell(machines=1, min_ready=0, max_servers=1)
+    story.run(lambda: story.states() == {"lab-01": "available"})
+    story.world.machines["lab-01"].failing = "power-off"
+    assert story.run(lambda: story.states()["lab-01"] == "broken")
+    assert story.machine("lab-01").failure_phase == "switch-off"
