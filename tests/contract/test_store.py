@@ -214,11 +214,12 @@ def test_rows_inserted_later_come_to_the_feed_with_their_ids(store):
 
 
 @on_sqlite
-def test_a_locked_database_is_waited_for_and_nothing_is_lost(store, tmp_path, caplog):
+def test_a_locked_database_is_waited_for_and_nothing_is_lost(store, tmp_path, caplog, monkeypatch):
     other = sqlite3.connect(tmp_path / "nodepool.db", isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
     waiting = threading.Event()
-    caplog.handler.emit = lambda record: waiting.set() if "waiting for the database" in record.getMessage() else None
+    said = lambda record: waiting.set() if "waiting for the database" in record.getMessage() else None  # noqa: E731
+    monkeypatch.setattr(caplog.handler, "emit", said)  # pytest has one handler for all tests: it is given back
     writer = threading.Thread(target=lambda: store.write(lambda tx: tx.add(machine())))
     writer.start()
     assert waiting.wait(5), "nobody said that the database is locked"
