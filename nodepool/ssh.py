@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -20,6 +21,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from nodepool.errors import Code, ConfigError, Temporary
+
+if TYPE_CHECKING:
+    import asyncssh
 
 T = TypeVar("T")
 
@@ -48,7 +52,14 @@ class SshShell:
     """Logs in with one private key; each call is one connection.  Raises Temporary with the code of what went wrong."""
 
     def __init__(self, key: Path) -> None:
-        self._key = key
+        self._path = key
+
+    @functools.cached_property
+    def _key(self) -> asyncssh.SSHKey:
+        """The private key, read and parsed once: a pool logs in by the hundred."""
+        import asyncssh
+
+        return asyncssh.read_private_key(self._path)
 
     def boot_id(self, target: Target) -> str:
         """Read the kernel's boot id: it differs from boot to boot (proc(5), /proc/sys/kernel/random/boot_id)."""
@@ -70,14 +81,15 @@ class SshShell:
                     target.address,
                     target.port,
                     username=target.user,
-                    client_keys=[str(self._key)],
+                    client_keys=[self._key],
                     known_hosts=([trusted], [], []),
                     connect_timeout=CONNECT,
                     agent_path=None,
                     config=None,
                 ) as connection,
             ):
-                done = await connection.run(command, input=stdin, check=True)
+                given = {"input": stdin} if stdin else {"stdin": asyncssh.DEVNULL}
+                done = await connection.run(command, check=True, **given)
                 return str(done.stdout)
         except asyncssh.HostKeyNotVerifiable as error:
             raise Temporary(
