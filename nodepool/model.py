@@ -231,7 +231,7 @@ class Build:
     seconds: float = 0.0
     starts: Json = field(
         default_factory=dict
-    )  # "proven": its loader has started a node; "no_kexec": models it fails on
+    )  # "proven": firmwares its loader has started a node by; "no_kexec": models
     log: str = ""
     finished_at: int = 0
     version: int = 0

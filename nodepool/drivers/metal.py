@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nodepool.clock import micros
 from nodepool.drivers.power import same_system
-from nodepool.drivers.step import Context, Done, Jobs, Outcome, Step, Wait, model_of
+from nodepool.drivers.step import Context, Done, Jobs, Outcome, Step, Wait, firmware_of, model_of
 from nodepool.errors import Code, Permanent, Temporary
 from nodepool.model import Boot, BootState, Json, MachineState, NodeState, OperationState
 from nodepool.plan.board import HAND_OVER
@@ -202,14 +202,15 @@ def start_order(ctx: Context) -> dict[str, str]:
 def start_method(ctx: Context) -> str:
     """How to start: as the label says, but never again by kexec where that has failed for this build on this model.
 
-    With `auto` the first node of every build starts by firmware, which proves the loader on the disk; after that kexec
-    saves a self test.
+    With `auto` the first node of every build starts by firmware, BIOS and UEFI each, which proves the loader on the
+    disk; after that kexec saves a self test.
     """
     wanted = ctx.offer.start if ctx.offer else "auto"
     known = ctx.build.starts if ctx.build else {}
     if wanted == "reboot" or model_of(ctx.machine) in known.get("no_kexec", ()):
         return "reboot"
-    return "kexec" if wanted == "kexec" or known.get("proven") else "reboot"
+    proven = firmware_of(ctx.machine) in known.get("proven", ())
+    return "kexec" if wanted == "kexec" or proven else "reboot"
 
 
 def start(ctx: Context) -> Outcome:

@@ -107,6 +107,11 @@ class Step:
 Jobs = Mapping[str, tuple[Step, ...]]  # by the state that the job belongs to
 
 
+def firmware_of(machine: Machine) -> str:
+    """The kind of firmware that started the agent: bios or uefi."""
+    return str(machine.facts.get("fact.firmware", ""))
+
+
 def model_of(machine: Machine) -> str:
     """The hardware model, as the firmware tells it."""
     return f"{machine.facts.get('fact.vendor', '')} {machine.facts.get('fact.product', '')}".strip()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from nodepool.clock import micros, seconds_between
 from nodepool.config.records import Provider
-from nodepool.drivers.step import Context, Done, Step, Wait, model_of
+from nodepool.drivers.step import Context, Done, Step, Wait, firmware_of, model_of
 from nodepool.errors import Code, Fault, Permanent, StepError, Temporary
 from nodepool.lifecycle import Backoff, MachineEvent, NodeEvent
 from nodepool.model import (
@@ -228,11 +228,12 @@ def _never_again_by_kexec(tx: Tx, item: Item) -> None:
         tx.put(replace(build, starts={**build.starts, "no_kexec": sorted(known)}))
 
 
-def _loader_is_proven(tx: Tx, node: Node) -> None:
-    """A node that came up by firmware has proven the loader of its build."""
+def _loader_is_proven(tx: Tx, node: Node, machine: Machine) -> None:
+    """A node that came up by firmware has proven the loader of its build for that kind of firmware."""
     build = tx.find(Build, node.build_id) if node.started_by == "reboot" else None
-    if build is not None and not build.starts.get("proven"):
-        tx.put(replace(build, starts={**build.starts, "proven": True}))
+    known = set(build.starts.get("proven", ())) if build is not None else set()
+    if build is not None and firmware_of(machine) not in known:
+        tx.put(replace(build, starts={**build.starts, "proven": sorted(known | {firmware_of(machine)})}))
 
 
 def _sentence(work: Work, error: StepError) -> str:
@@ -244,7 +245,7 @@ def _finish(tx: Tx, item: Item) -> None:
     if item.job == NodeState.BUILDING:
         assert node is not None
         move(tx, node, NodeEvent.PROVEN, "logged in with its proven host key", ready_at=tx.now)
-        _loader_is_proven(tx, node)
+        _loader_is_proven(tx, node, machine)
         if machine.strikes:
             tx.put(replace(machine, strikes=0))
     elif item.job == NodeState.DELETING:
