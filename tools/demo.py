@@ -23,6 +23,7 @@ from nodepool.clock import age
 from nodepool.cmd.client import Client, CommandError
 
 sys.path.insert(0, str(Path(__file__).parent))  # as it is when this file is the program; the tests load it as a module
+from alone import NotAloneError, alone
 from demo_round import Round, Trouble
 
 VAR = Path("var")
@@ -91,7 +92,7 @@ def main() -> int:
     try:
         _check(arguments.machines)
         _agent()
-        with _rack(arguments.machines) as rack:
+        with alone(VAR), _rack(arguments.machines) as rack:
             _write_yaml(rack, arguments.machines)
             with _daemon(rack) as daemon:
                 client = Client(str(VAR / "nodepool.sock"))
@@ -105,7 +106,7 @@ def main() -> int:
                     print(f"{table}\n  {age(time.monotonic() - began)} since the start, on {_host()}")
                 else:
                     _look_around(client, rack)
-    except Trouble as trouble:
+    except (Trouble, NotAloneError) as trouble:
         print(f"make run: {trouble}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from alone import NotAloneError, alone
 from demo import Trouble
 
 from nodepool.clock import age
@@ -44,14 +45,18 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
-        with _rack(arguments.machines, phases.told(arguments.seconds)) as described, _daemon(described) as daemon:
+        with (
+            alone(VAR),
+            _rack(arguments.machines, phases.told(arguments.seconds)) as described,
+            _daemon(described) as daemon,
+        ):
             client = Client(str(HOME / "nodepool.sock"))
             _watch(client, daemon, arguments.machines)
             if arguments.once:
                 _once(client, daemon, arguments.machines)
             else:
                 _look_around(described)
-    except (Trouble, RackError, CommandError, StepError) as trouble:
+    except (Trouble, NotAloneError, RackError, CommandError, StepError) as trouble:
         print(f"make run: {trouble}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

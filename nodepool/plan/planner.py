@@ -261,28 +261,35 @@ def why_impossible(offered: Catalog, labels: tuple[str, ...]) -> str:
 
 
 def _capacity(draft: Draft, missing: Counter[str]) -> None:
-    """Build what is missing: first for requests, then for min-ready, one node per label in turn."""
-    deficits: dict[str, int] = {}
-    for label in sorted(draft.catalog.config.labels.values(), key=lambda found: not missing[found.name]):
-        wanted = max(0, label.min_ready) + missing[label.name]
+    """Build what is missing: all that requests wait for first, then what min-ready wants."""
+    for_requests: dict[str, int] = {}
+    for_min_ready: dict[str, int] = {}
+    for label in draft.catalog.config.labels.values():
         have = len(draft.free_nodes(label.name)) + draft.snapshot.building[label.name]
-        if wanted > have:
-            deficits[label.name] = wanted - have
-    for label_name in [name for name in deficits if _in_trouble(draft, name)]:
-        del deficits[label_name]
+        asked = max(0, missing[label.name] - have)
+        kept = max(0, max(0, label.min_ready) + missing[label.name] - have) - asked
+        if (asked or kept) and not _in_trouble(draft, label.name):
+            for_requests[label.name], for_min_ready[label.name] = asked, kept
+    unplaced = _build(draft, for_requests)
+    _build(draft, for_min_ready)
+    _make_room(draft, unplaced)  # what min-ready wants is no reason to take others' nodes down
+
+
+def _build(draft: Draft, deficits: dict[str, int]) -> dict[str, int]:
+    """Place as many nodes as are missing, one per label in turn; gives what found no place."""
+    left = {label: count for label, count in deficits.items() if count}
     unplaced: dict[str, int] = {}
-    while deficits:
-        for label_name in list(deficits):
-            action = _place(draft, label_name)
+    while left:
+        for label in list(left):
+            action = _place(draft, label)
             if action is None:
-                unplaced[label_name] = deficits.pop(label_name)
+                unplaced[label] = left.pop(label)
                 continue
             draft.actions.append(action)
-            deficits[label_name] -= 1
-            if not deficits[label_name]:
-                del deficits[label_name]
-    labels = draft.catalog.config.labels  # what min-ready wants is no reason to take others' nodes down
-    _make_room(draft, {name: count - max(0, labels[name].min_ready) for name, count in unplaced.items()})
+            left[label] -= 1
+            if not left[label]:
+                del left[label]
+    return unplaced
 
 
 def _make_room(draft: Draft, lacks: Mapping[str, int]) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from nodepool.errors import Refused
-from nodepool.model import Wanted
+from nodepool.model import Node, Wanted
 from nodepool.service import requests
 from nodepool.service.requests import Wish
 
@@ -41,6 +41,17 @@ def test_nodes_that_nobody_wants_make_room_for_a_request_of_another_label(tell, 
     assert [node.label for node in story.nodes("ready")] == ["small"]
     story.run(limit=600)
     assert [node.label for node in story.nodes("ready")] == ["small"]
+
+
+def test_what_gives_way_to_a_request_is_not_taken_by_min_ready_meanwhile(tell):
+    story = tell(yaml=yaml_of(machines=8, big=2, max_servers=4))
+    assert story.run(lambda: len(story.nodes("ready")) == 2, limit=600)
+    first = ask(story, small=2)
+    assert story.run(lambda: story.state_of(first) == "fulfilled", limit=600)
+    wants = ask(story, small=2)
+    assert story.run(lambda: story.state_of(wants) == "fulfilled", limit=600)
+    made = [node.label for node in story.all(Node)]
+    assert made.count("big") == 2, "a node was made for min-ready in a slot that was freed for the request"
 
 
 def test_what_is_kept_beyond_min_ready_makes_room_first(tell):
