@@ -41,6 +41,7 @@ def command(node: dict[str, Any], words: list[str], identity: str = "") -> list[
         "UserKnownHostsFile": "none",
         "GlobalKnownHostsFile": "none",
         "StrictHostKeyChecking": "yes",
+        "ConnectTimeout": "15",  # a node may be on a network that is reached from elsewhere only
         "UpdateHostKeys": "no",
         "ControlPath": "none",  # a connection that somebody else has opened has proven nothing to us
     }
