@@ -12,7 +12,6 @@ setup(
     version="0.1.0",
     description="Keeps pools of bare-metal machines ready",
     long_description=(HERE / "README.rst").read_text() if (HERE / "README.rst").exists() else "",
-    license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["nodepool", "nodepool.*"]),
     package_data={

@@ -95,6 +95,7 @@ def test_killed_in_the_middle_it_goes_on_after_a_restart(home):
     home.end(signal.SIGKILL)
     home.start()
     home.until(home.ready(3), seconds=60)
+    assert not [node for node in home.items("list") if node["state"] == "failed"]
 
 
 def test_an_edited_yaml_is_picked_up_and_a_broken_edit_keeps_the_old_one(home):

@@ -238,6 +238,7 @@ def test_a_plain_reboot_comes_up_from_the_disk(lab):
     for name in MACHINES:
         lab.ssh(name, "systemctl reboot")
     lab.until_all_are_up_anew(before)
+    assert {lab.node(name)["state"] for name in MACHINES} == {"ready"}
 
 
 @pytest.mark.timeout(300)

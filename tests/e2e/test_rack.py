@@ -82,6 +82,7 @@ def test_one_shot_pxe_is_honoured_by_a_reset_too(up, tmp_path):
             console.wait_for(SCRIPT_WORD)
             console.heard = b""
             console.wait_for(DISK_WORD)
+            assert SCRIPT_WORD not in console.heard
     up.ipmitool("power", "off")
 
 
