@@ -30,6 +30,7 @@ class Code(StrEnum):
     BMC_REFUSED = "bmc-refused"
     BMC_UNKNOWN_OUTCOME = "bmc-unknown-outcome"
     POWER_STUCK = "power-stuck"
+    POWER_LOST = "power-lost"
     BOOT_SILENT = "boot-silent"
     BOOT_CONTESTED = "boot-contested"
     BOOT_FOREIGN = "boot-foreign"
@@ -76,6 +77,7 @@ _FAULTS = {
     Code.LOGIN_AUTH: Fault.IMAGE,
     Code.LOGIN_OLD_SYSTEM: Fault.MACHINE,
     Code.TRANSFER: Fault.NETWORK,
+    Code.POWER_LOST: Fault.SERVICE,
     Code.KEXEC_FAILED: Fault.SERVICE,
     Code.CONFIG: Fault.USER,
     Code.CANCELLED: Fault.USER,

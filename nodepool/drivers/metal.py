@@ -6,6 +6,7 @@ on; a job that finds an agent already waiting starts behind that (`entry`).
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from nodepool.clock import micros
@@ -16,6 +17,7 @@ from nodepool.model import Boot, BootState, Json, MachineState, NodeState, Opera
 from nodepool.plan.board import HAND_OVER
 from nodepool.ssh import Target
 
+SILENCE = 15.0  # seconds; an agent at work reports every 5 s
 AGENT_PATIENCE = 180.0  # seconds since an agent was last heard within which it counts as waiting for work
 
 
@@ -67,7 +69,20 @@ def agent(ctx: Context) -> Outcome:
         return Done()
     if ctx.boot.state is BootState.FAILED:
         raise Permanent(ctx.boot.error, Code.BOOT_CONTESTED)
+    _still_on(ctx, since=ctx.operation.created_at)
     return Wait(60, "no word from the agent since power-on (firmware self test, PXE, ramdisk)")
+
+
+def _still_on(ctx: Context, since: int) -> None:
+    """Nobody waits for a machine that somebody else has switched off: a power cut, a hand on the button.
+
+    Looked at only when nothing was heard `since` for a while; a BMC that does not answer now says nothing about it.
+    """
+    if ctx.now - since < micros(SILENCE):
+        return
+    with contextlib.suppress(Temporary):
+        if not ctx.ports.power.power(ctx.bmc):
+            raise Permanent("the machine was switched off by somebody else; it is switched on again", Code.POWER_LOST)
 
 
 def check(ctx: Context) -> Outcome:
@@ -134,6 +149,7 @@ def agents_work(ctx: Context) -> Outcome:
         raise Permanent(ctx.boot.error, Code.BOOT_CONTESTED)
     if ctx.boot is None or ctx.boot.state is not BootState.UP:
         raise Permanent("the agent's boot is over", Code.AGENT_SILENT)
+    _still_on(ctx, since=max(operation.changed_at, ctx.boot.seen_at))
     doing = f"the agent is at {operation.kind}" if operation.state is OperationState.RUNNING else "the agent is told"
     return Wait(30, doing, mark=f"{operation.state} {operation.phase_now} {operation.done}")
 

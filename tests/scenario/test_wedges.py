@@ -284,3 +284,21 @@ def test_a_broken_machine_is_looked_at_again_as_soon_as_its_yaml_changes(tell):
     assert story.states()["lab-01"] == "broken"  # nothing about this machine has changed
     story.reload(mended.replace("count: 1", "machines: [{name: lab-01, rack: other}]"))
     assert story.run(story.ready(1), limit=120)
+
+
+@pytest.mark.parametrize("phase", ["agent", "erase", "write"])
+def test_a_power_cut_while_an_agent_is_waited_for_is_seen_and_costs_no_strike(tell, phase):
+    story = tell(machines=1, max_servers=1, delay=10)
+
+    def at_it():
+        found = [o for o in story.all(Operation) if o.kind == phase]
+        return bool(found) and found[-1].finished_at == 0
+
+    assert story.run(at_it)
+    machine = story.world.machines["lab-01"]
+    machine.on, machine.life, machine.running, machine.boot_id = False, machine.life + 1, "", 0
+    began = story.clock.now()
+    assert story.run(story.ready(1), limit=300)
+    assert story.machine("lab-01").strikes == 0
+    assert [o.code for o in story.all(Operation) if o.code] == ["power-lost"]
+    assert story.clock.now() - began < 180 * 1_000_000
